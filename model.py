@@ -361,10 +361,10 @@ class PersistentAttention(Attention):
 # knn: an external key-value store (Wu et al. 2022)
 
 class Store(NamedTuple):
-    k: Tensor        # (B,Hkv,N,D) unrotated keys: a match is by content, wherever the token stood
-    v: Tensor        # (B,Hkv,N,D)
-    written: Tensor  # (B,Hkv,N) the token's position, -1 for an empty place
-    used: Tensor     # (B,Hkv,N) position of the last query that retrieved it (or of its writing)
+    k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood; n grows up to N
+    v: Tensor        # (B,Hkv,n,D)
+    written: Tensor  # (B,Hkv,n) the token's position
+    used: Tensor     # (B,Hkv,n) position of the last query that retrieved it, at first of its writing
 
 
 class KNNState(NamedTuple):
@@ -401,56 +401,56 @@ class KNNAttention(Attention):
         if not self.qk_norm:
             q, k = F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
         past_k, past_v = extend(past_k, k.detach()), extend(past_v, v.detach())
-        store = store or self.empty_store(past_k)
         first = pos + T - past_k.size(2)                        # absolute position of past_k[:, :, 0]
         found, any_found = [], []
         for a in range(pos // self.block * self.block, pos + T, self.block):
-            if a >= pos:                                        # a block begins inside this call
-                lo, hi = max(a - self.window, 0), a - self.window + self.block
-                if hi > lo:
-                    store = self.write(store, past_k[:, :, lo - first:hi - first], past_v[:, :, lo - first:hi - first], lo, a)
+            lo, hi = max(a - self.window, 0), a - self.window + self.block
+            if a >= pos and hi > 0:                             # a block begins inside this call
+                store = self.write(store, *(p[:, :, lo - first:hi - first] for p in (past_k, past_v)), lo, a)
             begin, end = max(a, pos), min(a + self.block, pos + T)
             t = torch.arange(begin, end, device=x.device)
             memory, hit, store = self.retrieve(q[:, :, begin - pos:end - pos], store, t)
             found.append(memory)
             any_found.append(hit)
-        gate = torch.sigmoid(self.gate)[:, None, None] * torch.cat(any_found, 2)        # 0 while the store is empty
-        y = y + gate.to(y.dtype) * (torch.cat(found, 2).to(y.dtype) - y)
+        gate = torch.sigmoid(self.gate)[:, None, None] * torch.cat(any_found, 2)        # 0 where nothing was found
+        y = y + gate.to(y.dtype) * (torch.cat(found, 2) - y)
         last = lambda past: past[:, :, max(past.size(2) - self.window, 0):]
         return self.out(join_heads(y)), KNNState(local, last(past_k), last(past_v), store)
 
-    def empty_store(self, k):
-        B, Hkv, _, D = k.shape
-        empty = torch.full((B, Hkv, self.N), -1, dtype=torch.int64, device=k.device)
-        return Store(k.new_zeros(B, Hkv, self.N, D), k.new_zeros(B, Hkv, self.N, D), empty, empty)
-
     def write(self, store, k, v, first, now):
-        """Tokens first, first+1, … replace the oldest (fifo) or least recently retrieved (lru) pairs; empty places, at
-        -1, go first."""
-        age = store.written if self.evict == "fifo" else store.used
-        place = age.topk(k.size(2), dim=-1, largest=False).indices                      # (B,Hkv,n)
-        rows = place[..., None].expand_as(k)
-        written = torch.arange(first, first + k.size(2), device=k.device).expand_as(place)
-        return Store(store.k.scatter(2, rows, k), store.v.scatter(2, rows, v), store.written.scatter(2, place, written),
-                     store.used.scatter(2, place, torch.full_like(place, now)))
+        """Tokens first, first+1, … enter; where they do not fit, the oldest (fifo) or least recently retrieved (lru)
+        pairs leave."""
+        position = torch.arange(first, first + k.size(2), device=k.device).expand(*k.shape[:3])
+        new = Store(k, v, position, torch.full_like(position, now))
+        if store is None:
+            return new
+        n = store.k.size(2)
+        if n + k.size(2) > self.N:
+            age = store.written if self.evict == "fifo" else store.used
+            keep = age.topk(self.N - k.size(2), dim=-1, sorted=False).indices           # (B,Hkv,N-new)
+            rows = keep[..., None].expand(-1, -1, -1, self.D)
+            store = Store(store.k.gather(2, rows), store.v.gather(2, rows), store.written.gather(2, keep), store.used.gather(2, keep))
+        return Store(*map(extend, store, new))
 
     def retrieve(self, q, store, t):
         """q (B,H,n,D) at positions t (n,) -> mixed values (B,H,n,D), whether anything was found (B,H,n,1), new store."""
         B, _, n, D = q.shape
+        if store is None:
+            return torch.zeros_like(q), torch.zeros_like(q[..., :1], dtype=torch.bool), None
         G = self.H // self.Hkv
         q = q.reshape(B, self.Hkv, G * n, D)                    # the G heads of a group search the same store
-        with torch.no_grad():                                   # the search needs no gradient, only the attention does
-            outside = (store.written >= 0)[:, :, None] & (store.written[:, :, None] <= (t - self.window)[:, None])
-            outside = outside.repeat(1, 1, G, 1)                # (B,Hkv,G·n,N)
-            score, place = (q @ store.k.to(q.dtype).mT).masked_fill(~outside, float("-inf")).topk(self.topk)
-            hit = score > float("-inf")                         # (B,Hkv,G·n,topk)
-            stamp = torch.where(hit, t.repeat(G)[:, None], -1)
-            used = store.used.scatter_reduce(2, place.flatten(2), stamp.flatten(2), "amax")
-        rows = place.flatten(2)[..., None].expand(-1, -1, -1, D)
-        k, v = (s.gather(2, rows).view(*place.shape, D) for s in (store.k, store.v))    # (B,Hkv,G·n,topk,D)
-        score = (k @ q[..., None])[..., 0] * D ** -0.5
-        weight = score.masked_fill(~hit, torch.finfo(score.dtype).min).softmax(-1)
-        y = (weight[..., None, :].to(v.dtype) @ v)[..., 0, :]
+        k, v = store.k.to(q.dtype), store.v.to(q.dtype)
+        outside = store.written[:, :, None] <= (t.repeat(G) - self.window)[:, None]     # (B,Hkv,G·n,size)
+        score = (q @ k.mT * D ** -0.5).masked_fill(~outside, float("-inf"))
+        top, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
+        hit = top > float("-inf")                               # (B,Hkv,G·n,topk)
+        stamp = torch.where(hit, t.repeat(G)[:, None], -1)
+        used = store.used.scatter_reduce(2, place.flatten(2), stamp.flatten(2), "amax")
+        # The other scores are masked rather than the best gathered: two matrix products cost less than moving k·D numbers
+        # a query. finfo.min instead of -inf keeps the softmax of a query that found nothing finite.
+        nearest = torch.zeros_like(outside).scatter(-1, place, hit)
+        weight = score.masked_fill(~nearest, torch.finfo(score.dtype).min).softmax(-1)
+        y = weight @ v
         hit = hit.any(-1, keepdim=True)
         return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store._replace(used=used)
 
@@ -532,7 +532,7 @@ class DeltaNet(nn.Module):
         tail = u.new_zeros(u.size(0), self.width - 1, u.size(2)) if state is None else state.tail
         u = torch.cat([tail, u], 1)
         tail = u[:, T:]
-        # A few shifted multiply-adds beat a grouped convolution on the CPU, and a compiler fuses them.
+        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under torch.compile.
         u = F.silu(sum(self.conv[:, 0, w] * u[:, w:w + T] for w in range(self.width)))
         q, k, v = u.split([C, C, u.size(2) - 2 * C], -1)
         if self.value_gate is not None:
