@@ -140,8 +140,10 @@ def _delta_chunk(q, k, v, g, beta, S):
     q, k, v, g, beta = map(chunks, (q, k, v, g, beta))
     G = g.cumsum(-1)                                                # (B,H,n,C)
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # Only ratios with i >= j are formed, masked before exp: γ itself may underflow, its inverse would overflow.
-    Gamma = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    # log Γ_ij = Σ_{j<l<=i} g_l is summed per pair: as a difference G_i - G_j it would cancel where decay is strong. Only
+    # i >= j is formed, masked before exp: γ itself may underflow, its inverse would overflow.
+    between = g[..., None, :].expand(*g.shape, C).triu(1).cumsum(-1).mT
+    Gamma = between.masked_fill(~causal, float("-inf")).exp()
     gamma, to_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]              # γ_i and γ_C/γ_i  (B,H,n,C,1)
     beta = beta[..., None]
 
