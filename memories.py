@@ -190,13 +190,15 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor,
     dtype = state_dtype(q.dtype)
     if state is None:
         W, b = W.to(dtype).expand(B, H, D, D), b.to(dtype).expand(B, H, D)
-        state = TTTState(W, b, torch.zeros_like(W), torch.zeros_like(b), torch.zeros((), dtype=torch.int64))
+        state, pos = TTTState(W, b, torch.zeros_like(W), torch.zeros_like(b), torch.tensor(0)), 0
+    else:
+        pos = int(state.pos)
     if T == 0:
         return q, state
     form = _ttt_loop if impl == "loop" else _ttt_chunk
     heads_first = lambda x: x.to(dtype).transpose(1, 2)             # (B,H,T,...)
     o, state = form(*map(heads_first, (q, k, v, lr[..., None])), token_scale.to(dtype),
-                    ln_weight.to(dtype)[:, None], ln_bias.to(dtype)[:, None], state)
+                    ln_weight.to(dtype)[:, None], ln_bias.to(dtype)[:, None], *state[:4], pos)
     return o.transpose(1, 2).to(q.dtype), state
 
 
@@ -213,9 +215,8 @@ def ttt_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return (e - e.mean(-1, keepdim=True) - z_hat * (e * z_hat).mean(-1, keepdim=True)) * inv_sigma
 
 
-def _ttt_loop(q, k, v, lr, s, ln_weight, ln_bias, state):
-    W, b, dW, db, pos = state
-    i, os = int(pos), []
+def _ttt_loop(q, k, v, lr, s, ln_weight, ln_bias, W, b, dW, db, i):
+    os = []
     for q_t, k_t, v_t, lr_t in zip(*(x.split(1, 2) for x in (q, k, v, lr))):            # each (B,H,1,·)
         g = ttt_gradient(k_t @ W + b[:, :, None], v_t - k_t, ln_weight, ln_bias)
         dW = dW + lr_t * (k_t.mT @ g)
@@ -228,11 +229,10 @@ def _ttt_loop(q, k, v, lr, s, ln_weight, ln_bias, state):
     return torch.cat(os, 2), TTTState(W, b, dW, db, torch.tensor(i))
 
 
-def _ttt_chunk(q, k, v, lr, s, ln_weight, ln_bias, state):
+def _ttt_chunk(q, k, v, lr, s, ln_weight, ln_bias, W, b, dW, db, i):
     """The dual form, a mini-batch at a time: no W_i is built, since q_i W_i = q_i W_0 - s_i Σ_{j<=i} (q_i·k_j) η_j g_j.
     Mini-batches lie on absolute positions, so the first piece is whatever completes the running one."""
-    W, b, dW, db, pos = state
-    K, T, i, zs = len(s), q.size(2), int(pos), []
+    K, T, zs = len(s), q.size(2), []
     first = min(K - i, T)
     cuts = [first] + [K] * ((T - first) // K) + [(T - first) % K] * ((T - first) % K > 0)
     for q_n, k_n, target, lr_n in zip(*(x.split(cuts, 2) for x in (q, k, v - k, lr))):  # (B,H,n,·), n <= K

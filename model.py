@@ -303,13 +303,13 @@ class Attention(nn.Module):
 
     def look_back(self, q, k, v, state):
         """Attention over the window (or all) of the past; returns y (B,H,T,D) and what a later query can still see."""
-        seen_k, seen_v, pos = state or (None, None, torch.zeros((), dtype=torch.int64))
-        T = q.size(2)
+        seen_k, seen_v, pos = state or (None, None, 0)
+        T, pos = q.size(2), int(pos)
         if self.theta:
-            positions = torch.arange(T, device=q.device) + int(pos)
+            positions = torch.arange(pos, pos + T, device=q.device)
             q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
         k, v = extend(seen_k, k), extend(seen_v, v)
-        state = AttentionState(self.still_visible(k), self.still_visible(v), pos + T)
+        state = AttentionState(self.still_visible(k), self.still_visible(v), torch.tensor(pos + T))
         k, v, n_free = self.with_slots(k, v)
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, self.window, n_free, self.slopes, dropout=dropout), state
@@ -485,7 +485,8 @@ class TTT(nn.Module):
         q, k, v = (split_heads(f(x), D) for f in (self.q, self.k, self.v))
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
-        positions = (torch.arange(T, device=x.device) + (0 if state is None else int(state.pos))) % self.K
+        pos = 0 if state is None else int(state.pos)
+        positions = torch.arange(pos, pos + T, device=x.device) % self.K
         q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
         lr = torch.sigmoid(self.lr(x).to(torch.promote_types(x.dtype, torch.float32))) / D          # η (B,T,H), base_lr 1
         i = torch.arange(1, self.K + 1, device=x.device)
@@ -703,19 +704,19 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
-        pos, states = state or (torch.zeros((), dtype=torch.int64), [None] * len(self.blocks))
-        T = x.size(1)
+        pos, states = state or (0, [None] * len(self.blocks))
+        T, pos = x.size(1), int(pos)
         if self.wpe is not None:
             if pos + T > self.wpe.num_embeddings:
-                raise ValueError(f"{int(pos) + T} tokens were given to a model with {self.wpe.num_embeddings} learned "
+                raise ValueError(f"{pos + T} tokens were given to a model with {self.wpe.num_embeddings} learned "
                                  "positions; shorten the text, or train with --pos=rope")
-            x = x + self.wpe(torch.arange(T, device=x.device) + int(pos))
+            x = x + self.wpe(torch.arange(pos, pos + T, device=x.device))
         x = self.dropout(self.embed_norm(x))
         new = []
         for block, s, slot in zip(self.blocks, states, self.slots):
             x, s = block(x, s, None if slot is None else ve[:, :, slot])
             new.append(s)
-        return self.final_norm(x), StackState(pos + T, tuple(new))
+        return self.final_norm(x), StackState(torch.tensor(pos + T), tuple(new))
 
     def flops(self, T):
         weights = sum(2 * p.weight.numel() for p in self.modules() if isinstance(p, nn.Linear))
@@ -757,12 +758,11 @@ class RMT(nn.Module):
         self.memory = nn.Embedding(self.M, config.n_embd)       # what the first segment reads
 
     def forward(self, x, state=None, ve=None):
-        if state is None:
-            start = self.memory.weight.to(x.dtype).expand(x.size(0), -1, -1)
-            state = RMTState(start, None, torch.zeros((), dtype=torch.int64))
-        p = int(state.pos)
+        start = self.memory.weight.to(x.dtype).expand(x.size(0), -1, -1)
+        memory, segment, p = state or (start, None, 0)
+        p = int(p)
         boundaries = (p + x.size(1) - 1) // self.S              # that this call crosses
-        copies = [(state.memory, state.segment)]                # one a gradient depth, the deepest last
+        copies = [(memory, segment)]                            # one a gradient depth, the deepest last
         ys = []
         while x.size(1):
             n = min(self.S - p, x.size(1))

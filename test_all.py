@@ -556,6 +556,14 @@ def test_targets_of_minus_one_are_ignored():
     assert error(net(idx, masked), nats[:, 1::2].mean()) < 1e-12
 
 
+@each(memory=MEMORIES)
+def test_compiles_without_graph_breaks(memory):
+    """torch.compile sees training as one graph (traced here; code generation is the compiler's own business)."""
+    net, idx = small(memory, "d12").float().train(), tokens()
+    traced = torch.compile(net, backend="eager", fullgraph=True)
+    assert error(traced(idx, idx), net(idx, idx)) < 1e-6
+
+
 @torch.no_grad()
 def test_flops_count_the_matrix_products():
     """Exactly, but for attention (not counted on the CPU); the recurrences' formulas within their small change."""

@@ -1,0 +1,675 @@
+"""What a folder of result files says: seed-paired statistics, tables, figures and REPORT.md. Imports no torch.
+
+    python analyze.py results/ [more folders] [--out=DIR] [--by=key,key]
+
+Reading order
+    reading     result files -> Run; files that can't be read are named, skipped and counted
+    cells       runs of one condition and many seeds; a cell that mixes configurations is an error
+    statistics  paired t, exact sign-flip, Holm, closure, gain-deficit correlation, Pareto frontier, matched compute
+    tables      what REPORT.md holds           figures     what stands beside it           main        the command line
+
+Glossary
+    run         one training run = one result file        cell      all runs of one condition, one per seed
+    study       cells that may be compared: same preset, same data; comparisons stay within one context length T
+    local       no memory, windowed attention (SSSL)      global    no memory, full attention (L)
+    bpb         bits per byte; mBPB = 0.001 bpb, the unit of every difference (negative = better than the baseline)
+    D(p)        positional deficit: local - global bpb at position p, what the window costs there
+    G(p)        gain of a memory: local - memory bpb      closure   ΣG/ΣD, the share of the deficit it wins back
+    seed pair   two runs with one seed see the same batches in the same order, so their difference has less noise
+
+Exit status: 0 all read, 1 some files skipped (the report is written from the others), 2 bad input.
+
+References
+    Holm 1979, a simple sequentially rejective multiple test procedure; Fisher 1935, the design of experiments (the
+    sign-flip test); Hesterberg 2015 (arXiv 1411.5279) on how the bootstrap undercovers at small n; Pearson 1897 on the
+    spurious correlation of quantities that share a term. The palette is Okabe and Ito's.
+"""
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first, so that no display is needed)
+
+PEER = "memory-bench"    # stands for the dataset, which that project's files don't name
+MIN_SEEDS = 3            # with fewer pairs a standard deviation says nothing, so no number is printed
+BOOTSTRAP = 10_000
+NOT_ENOUGH = "not enough seeds"
+COSTS = {"minutes": "training time (minutes)", "flops": "training compute (FLOPs)", "state_bytes": "state (bytes)"}
+# where and how a run was executed, not what was trained: these may differ inside a cell
+EXECUTION = {"seed", "run", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
+# settings that one memory alone reads, told by prefix or by name; elsewhere they mean nothing
+OWNER = {"conv_width": "deltanet", "expand_v": "deltanet", "memory_layers": "any"}
+OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet", "any"}
+STYLE = {"local": ("#000000", "o"), "global": ("#7f7f7f", "s"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"),
+         "ttt": ("#009E73", "D"), "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
+
+
+class UserError(Exception):
+    """Bad input: main prints the sentence after `error:` and exits 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading. A file that can't be used raises ValueError with the reason; read_all collects these.
+
+@dataclass
+class Run:
+    path: str
+    preset: str
+    dataset: str
+    memory: str               # "none", "deltanet", ...; memory-bench's own names keep their suffix: "rmt-m16-s512"
+    layers: str
+    window: str
+    T: int
+    seed: int
+    bpb: float
+    curve: dict               # position -> bpb of that bucket
+    tokens: list              # bytes in each bucket: equal for two curves measured on the same tokens
+    recombined: float | None  # Σnats / (ln2 Σbytes) over the buckets: has to be bpb again
+    costs: dict               # minutes, flops, state_bytes, ...; what is absent was not recorded
+    log: list                 # {step, seconds, tokens, val_bpb}
+    config: dict              # everything that has to agree inside a cell
+
+
+def finite(x) -> bool:
+    """JSON written by Python may hold NaN; true and false are no numbers."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def recombine(nats, nbytes) -> float:
+    """bpb of several buckets together. The ratio of the sums, never the mean of the ratios."""
+    return float(np.sum(nats) / (math.log(2) * np.sum(nbytes)))
+
+
+def read_curve(d: dict) -> tuple[dict, list, float]:
+    """bpb by position in either schema -> {position: bpb}, bytes, recombined total. Empty buckets are left out."""
+    try:
+        if "buckets" in d:                                            # memory-bench: {"0-64": {"bpb": 1.30}}
+            curve = {int(k.split("-")[0]): float(v["bpb"]) for k, v in d["buckets"].items()}
+            total, nbytes = float(np.mean(list(curve.values()))), []  # a mean of ratios is all that it records
+        else:
+            rows = [row for row in zip(d["positions"], d["nats"], d["bytes"], strict=True) if row[2] > 0]
+            curve = {int(position): recombine(nats, nb) for position, nats, nb in rows}
+            total, nbytes = recombine([r[1] for r in rows], [r[2] for r in rows]), [r[2] for r in rows]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"bpb_by_position is malformed ({type(e).__name__}: {e})") from e
+    if not curve or not np.isfinite(list(curve.values())).all():
+        raise ValueError("bpb_by_position is empty or holds a value that is not finite")
+    return dict(sorted(curve.items())), nbytes, total
+
+
+def read_run(path: Path) -> Run | None:
+    """One file -> Run; None for a JSON file that is something else; ValueError for one that is broken or partial."""
+    d = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(d, dict) and d.keys() & {"memory", "mechanism", "val_bpb"}):
+        if path.name != "result.json":
+            return None
+        raise ValueError("holds none of memory, mechanism, val_bpb")
+    memory, config, T = d.get("memory", d.get("mechanism")), d.get("config") or {}, d.get("max_seq_len", 2048)
+    position, log = d.get("bpb_by_position") or {}, d.get("log") or d.get("curve") or []
+    if not finite(d.get("val_bpb")):
+        raise ValueError(f"val_bpb is {d.get('val_bpb', 'missing')!r}, expected a finite number: did the run diverge?")
+    for name, value, kind in (("memory", memory, str), ("seed", d.get("seed"), int), ("max_seq_len", T, int),
+                              ("config", config, dict), ("bpb_by_position", position, dict), ("log", log, list)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
+    if memory == "rmt" and config.get("rmt_tokens") == 0:
+        memory = "rmt-0"                                              # RMT's fair baseline: its segments, no memory
+    memory = "none" if memory == "baseline" else memory
+    costs = {**d, "minutes": d.get("total_time_min"), "flops": d.get("total_flops"),
+             "peak_mib": d.get("peak_vram_mib") or d.get("peak_rss_mib")}
+    costs = {k: v for k, v in costs.items() if finite(v)}
+    if {"flops_per_token", "train_tokens"} <= costs.keys():
+        costs["flops"] = costs["flops_per_token"] * costs["train_tokens"]
+    agree = ("depth", "dataset", "data_sha256", "train_tokens", "total_params", "memory_params", "flops_per_step")
+    peer = {} if "memory" in d else {"preset": f"d{d.get('depth', '')}", "dataset": PEER}
+    return Run(str(path), str(d.get("preset") or config.get("preset") or peer.get("preset", "")),
+               str(d.get("dataset") or config.get("dataset") or peer.get("dataset", "")), memory,
+               str(config.get("memory_layers", "all")) if memory != "none" else "all",
+               str(d.get("window") or d.get("window_pattern") or "SSSL"), T, d["seed"], float(d["val_bpb"]),
+               *(read_curve(position) if position else ({}, [], None)), costs,
+               [e for e in log if isinstance(e, dict) and finite(e.get("val_bpb"))],
+               config | {k: d[k] for k in agree if k in d})
+
+
+def read_all(folders) -> tuple[list[Run], list[str], list[str]]:
+    """Every *.json below the folders -> runs, skipped (with the reason), other JSON files that are no results."""
+    runs, skipped, others, seen = [], [], [], set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folders that hold the result files")
+        for path in sorted(folder.rglob("*.json")):
+            if path.resolve() in seen:                                # the same file by two ways is one run
+                continue
+            seen.add(path.resolve())
+            try:
+                run = read_run(path)
+                runs.append(run) if run else others.append(str(path))
+            except (ValueError, OSError, RecursionError) as e:        # a JSON or Unicode error is a ValueError
+                skipped.append(f"{path}: {e}")
+    if not runs:
+        first = f"; the first of {len(skipped)} skipped is {skipped[0]}" if skipped else ", expected <run>/result.json"
+        raise UserError(f"no readable result file below {', '.join(map(str, folders))}{first}")
+    return runs, skipped, others
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cells
+
+@dataclass
+class Cell:
+    study: tuple              # (preset, dataset)
+    T: int
+    label: str                # unique within (study, T)
+    runs: dict                # seed -> Run
+    one: Run                  # the first of them: what they share is read here
+
+    def bpb(self) -> dict:
+        return {seed: run.bpb for seed, run in self.runs.items()}
+
+    def mean(self) -> float:
+        return float(np.mean(list(self.bpb().values())))
+
+    def costs(self, name) -> list:
+        return [r.costs[name] for r in self.runs.values() if name in r.costs]
+
+
+def owner(key: str) -> str | None:
+    """The memory that alone reads this setting, None for a setting that every run reads."""
+    name = OWNER.get(key, key.split("_")[0])
+    return name if name in OWNERS else None
+
+
+def relevant(key: str, memory: str) -> bool:
+    """Does this setting change what a run with this memory computes?"""
+    if key in EXECUTION or key.endswith("_every"):
+        return False
+    return owner(key) is None or memory.startswith(owner(key)) or (owner(key) == "any" and memory != "none")
+
+
+def differing(a: Run, b: Run) -> dict:
+    """key -> the two values, for every setting that matters to either run and isn't the same in both."""
+    keys = sorted(k for k in a.config | b.config if relevant(k, a.memory) or relevant(k, b.memory))
+    pairs = ((k, (a.config.get(k, "not recorded"), b.config.get(k, "not recorded"))) for k in keys)
+    return {k: pair for k, pair in pairs if pair[0] != pair[1]}
+
+
+def kind(cell: Cell) -> str:
+    return re.split("[ @]", cell.label)[0]
+
+
+def make_cells(runs, by=()) -> tuple[list[Cell], list[str]]:
+    """Group runs by condition. A seed counts once: of several files the first read is kept (never the better one)."""
+    cells, repeats = {}, []
+    for run in runs:
+        name = run.memory if run.memory != "none" else "global" if set(run.window) == {"L"} else "local"
+        extra = "".join(f" {k}={run.config[k]}" for k in by if k in run.config and relevant(k, run.memory))
+        label = f"{name}{'' if run.layers == 'all' else '@' + run.layers} ({run.window}){extra}"
+        key = (run.preset, run.dataset), run.T, label
+        cell = cells.setdefault(key, Cell(*key, {}, run))
+        if diff := differing(cell.one, run):
+            what = "; ".join(f"{k} is {a!r} in the first, {b!r} in the second" for k, (a, b) in diff.items())
+            raise UserError(f"the cell '{label}, T={run.T}' mixes configurations ({cell.one.path} and {run.path}): "
+                            f"{what}; separate the files, or make the keys part of it: --by={','.join(diff)}")
+        if kept := cell.runs.get(run.seed):
+            repeats.append(f"seed {run.seed} of {label}, T={run.T}: {kept.path} is kept, {run.path} is left out (these "
+                           f"two runs of one seed differ by {abs(kept.bpb - run.bpb) * 1000:.2f} mBPB)")
+        else:
+            cell.runs[run.seed] = run
+    first = {"local": 0, "global": 1}
+    return sorted(cells.values(), key=lambda c: (c.study, c.T, first.get(kind(c), 2), c.label)), repeats
+
+
+def baseline(cell: Cell, cells, *names) -> Cell | None:
+    """The first of `names` (local, global, rmt-0) that this study and T have; of several, the one most like `cell`."""
+    for name in names:
+        fits = [c for c in cells if (c.study, c.T, kind(c)) == (cell.study, cell.T, name)]
+        if fits:
+            return max(fits, key=lambda c: (c.one.window == cell.one.window, -len(differing(c.one, cell.one))))
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics. Everything is over seeds; positions and tokens of one run are no independent repetitions.
+
+def t_interval(x) -> tuple[float, float, float]:
+    """Mean and 95% t interval."""
+    x = np.asarray(x, float)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def sign_flip(diffs) -> float:
+    """Exact two-sided p: if the memory did nothing, each seed's difference could as well have had the other sign.
+
+    All 2^n signs are tried, so p is never below 2/2^n: 0.25 for three seeds, below 0.05 only from six seeds on.
+    """
+    diffs, sums = np.asarray(diffs, float), np.zeros(1)
+    if len(diffs) > 20:                                               # 2^20 sums are 8 MB; beyond, draw signs instead
+        sums = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, len(diffs))) @ diffs
+        sums = np.append(sums, diffs.sum())                           # the observed signs are one of the draws
+    else:
+        for d in diffs:
+            sums = np.concatenate([sums + d, sums - d])
+    return float(np.mean(np.abs(sums) >= abs(diffs.sum()) - 1e-12 * np.abs(diffs).sum()))
+
+
+def holm(ps) -> list[float]:
+    """Holm's adjusted p values, in the order given. NaN = a test that could not be made: not in the family."""
+    order, out, running = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p)), [math.nan] * len(ps), 0.0
+    for rank, (p, i) in enumerate(order):
+        running = out[i] = max(running, min(1.0, (len(order) - rank) * p))
+    return out
+
+
+@dataclass
+class Paired:
+    seeds: list
+    diffs: list               # a - b, seed by seed
+    mean: float = math.nan    # from here on NaN below MIN_SEEDS
+    lo: float = math.nan
+    hi: float = math.nan
+    p_t: float = math.nan
+    p_flip: float = math.nan
+
+
+def paired(a: dict, b: dict) -> Paired:
+    """a - b over the seeds that both have. a, b: seed -> value."""
+    seeds = sorted(a.keys() & b.keys())
+    diffs = [a[s] - b[s] for s in seeds]
+    if len(seeds) < MIN_SEEDS:
+        return Paired(seeds, diffs)
+    # equal differences have no spread to divide by: t is not defined, the sign-flip test still is
+    p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue) if np.ptp(diffs) > 1e-15 else math.nan
+    return Paired(seeds, diffs, *t_interval(diffs), p_t, sign_flip(diffs))
+
+
+def closure(G, D) -> tuple[float, float, float] | str:
+    """ΣG/ΣD with a 95% interval, or the words that say why there is none. G, D: one sum over positions per seed.
+
+    A ratio means nothing where its denominator may be 0, so it is `undefined` unless ΣD's own interval lies above 0.
+    Seeds are resampled in pairs (G, D). The percentiles of the resampled ratios would cover at most 75% for n = 3 (they
+    never leave the seeds' range), so their standard error is taken instead: freed of its small-sample bias by
+    sqrt(n/(n-1)), and multiplied by Student's t.
+    """
+    G, D, n = np.asarray(G, float), np.asarray(D, float), len(D)
+    if n < MIN_SEEDS:
+        return NOT_ENOUGH
+    if t_interval(D)[1] <= 0:
+        return "undefined"
+    draw = np.random.default_rng(0).integers(0, n, (BOOTSTRAP, n))
+    ratio, ratios = float(G.sum() / D.sum()), G[draw].sum(1) / D[draw].sum(1)
+    half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1)) * ratios.std())
+    return ratio, ratio - half, ratio + half
+
+
+def corr(x, y) -> float:
+    """Pearson's r; NaN where one of them is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
+
+
+def gain_deficit(local, memory, full) -> tuple[float, list, float]:
+    """Correlation over positions of G = local - memory and D = local - full, with the null it has to beat.
+
+    All (n, P): seeds × positions. Noise in `local` enters G and D alike, so that r is about 0.5 where nothing is there
+    but noise. Two answers to that:
+      null   r of noise alone: each seed's deviation from its condition's mean, summed with every choice of signs
+      split  G from some seeds and D from the others, averaged over all splits: they share no run, so noise gives 0 (and
+             understates a true correlation, since each part averages fewer seeds)
+    """
+    G, D, n = np.subtract(local, memory), np.subtract(local, full), len(local)
+    signs = itertools.islice(itertools.product([1.0, -1.0], repeat=n - 1), 1, 513)  # r doesn't see the overall sign
+    null = [corr(np.array([1.0, *s]) @ (G - G.mean(0)), np.array([1.0, *s]) @ (D - D.mean(0))) for s in signs]
+    halves = [A for size in {n // 2, n - n // 2} for A in itertools.islice(itertools.combinations(range(n), size), 256)]
+    split = [corr(G[list(A)].mean(0), np.delete(D, A, axis=0).mean(0)) for A in halves]
+    return corr(G.mean(0), D.mean(0)), null, float(np.mean(split))
+
+
+def pareto(points) -> list[int]:
+    """Indexes of the points (cost, bpb) that no other point beats: nowhere worse and somewhere better."""
+    return [i for i, (x, y) in enumerate(points)
+            if not any(u <= x and v <= y and (u < x or v < y) for u, v in points)]
+
+
+def log_curve(run: Run, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logged validation curve: cost so far (`minutes` or `flops`), bpb."""
+    key, unit = ("seconds", 1 / 60) if cost == "minutes" else ("tokens", run.costs.get("flops_per_token", 0))
+    points = sorted((e[key] * unit, e["val_bpb"]) for e in run.log if finite(e.get(key)) and e[key] * unit > 0)
+    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
+
+
+def at_budget(run: Run, cost: str, budget: float) -> float:
+    """bpb once `budget` was spent, linear in log(cost) between logged points; NaN outside: nothing is extrapolated."""
+    x, y = log_curve(run, cost)
+    inside = len(x) and x[0] * (1 - 1e-9) <= budget <= x[-1] * (1 + 1e-9)
+    return float(np.interp(math.log(budget), np.log(x), y)) if inside else math.nan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def table(head: str, rows) -> str:
+    """head: the column titles, separated by |. No rows, no table."""
+    lines = [head.split("|"), ["---"] * (head.count("|") + 1), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) if rows else ""
+
+
+def human(x) -> str:
+    """1234567 -> 1.23M."""
+    k = min(int(math.log10(abs(x)) // 3), 7) if abs(x) >= 1000 else 0
+    return f"{x / 1000 ** k:.3g}{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][k]}"
+
+
+def interval(mean, lo, hi, scale=1000.0) -> str:
+    return NOT_ENOUGH if math.isnan(mean) else f"{mean * scale:+.2f} [{lo * scale:+.2f}, {hi * scale:+.2f}]"
+
+
+def show_p(p, adjusted) -> str:
+    return "–" if math.isnan(p) else f"{p:.3g} ({adjusted:.3g})"
+
+
+def context_table(cells) -> str:
+    """Mean bpb of every condition at every context length."""
+    lengths, rows = sorted({c.T for c in cells}), {}
+    for c in cells:
+        sd = f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}" if len(c.runs) > 1 else ""
+        rows.setdefault(c.label, {})[c.T] = f"{c.mean():.5f}{sd} (n={len(c.runs)})"
+    return table("condition|" + "|".join(f"T = {T}" for T in lengths),
+                 [[label, *(row.get(T, "–") for T in lengths)] for label, row in rows.items()])
+
+
+def mechanism_table(cells) -> str:
+    """Every condition against local, against global, and RMT against RMT without memory: one family of tests."""
+    pairs = [(c, baseline(c, cells, name)) for c in cells if kind(c) != "local" for name in ("local", "global", "rmt-0")
+             if name != "rmt-0" or c.one.memory.startswith("rmt")]
+    family = [(c, b, paired(c.bpb(), b.bpb())) for c, b in pairs if b and b is not c]
+    adjusted = zip(holm([p.p_t for *_, p in family]), holm([p.p_flip for *_, p in family]))
+    rows = [[c.T, c.label, b.label, len(p.seeds), interval(p.mean, p.lo, p.hi), show_p(p.p_t, t), show_p(p.p_flip, f)]
+            for (c, b, p), (t, f) in zip(family, adjusted)]
+    own = {"memory", "window", "total_params", "memory_params", "flops_per_step"}
+    notes = [f"- {c.label} and {b.label}: {', '.join(extra)}\n" for c, b, _ in family
+             if (extra := [k for k in differing(c.one, b.one) if k not in own and not owner(k)])]
+    return (table("T|condition|against|n|Δ mBPB [95% CI]|t test p (Holm)|sign-flip p (Holm)", rows)
+            + ("\nNot only memory and window differ here:\n\n" if notes else "") + "".join(dict.fromkeys(notes)))
+
+
+def position_curves(cells):
+    """(memory cell, positions, local, memory, global) wherever all three are there; curves (n, P), seed by seed.
+
+    Curves compare only when they were measured on the same tokens: same positions, same bytes in each.
+    """
+    for c in cells:
+        three = baseline(c, cells, "local"), c, baseline(c, cells, "global")
+        if c.one.memory == "none" or None in three:
+            continue
+        shared = [[x.runs[s] for x in three] for s in sorted(set.intersection(*(set(x.runs) for x in three)))]
+        grid = next(((list(r.curve), r.tokens) for r, *_ in shared if r.curve), None)
+        same = [row for row in shared if grid and all((list(r.curve), r.tokens) == grid for r in row)]
+        if same:
+            yield c, grid[0], *(np.array([list(row[k].curve.values()) for row in same]) for k in range(3))
+
+
+def recombination(cells) -> str:
+    runs = [r for c in cells for r in c.runs.values() if r.curve]
+    worst = max(runs, key=lambda r: abs(r.recombined - r.bpb), default=None)
+    if worst is None or abs(worst.recombined - worst.bpb) <= 1e-6 * worst.bpb:
+        return f"The position buckets of all {len(runs)} curves recombine to val_bpb.\n"
+    blind = "" if worst.tokens else (" The files don't record a bucket's bytes either, so that curves measured on "
+                                     "different tokens can't be told apart.")
+    return (f"**The position buckets do not recombine to val_bpb**: {worst.path} gives {worst.recombined:.5f}, val_bpb "
+            f"is {worst.bpb:.5f}. D and G then measure another quantity, or other tokens, than val_bpb.{blind}\n")
+
+
+def position_table(cells) -> str:
+    rows = []
+    for c, positions, local, memory, full in position_curves(cells):
+        n, D, G = len(local), (local - full).sum(1), (local - memory).sum(1)
+        if n < MIN_SEEDS:
+            rows.append([c.T, c.label, n, NOT_ENOUGH, *["–"] * 5])
+            continue
+        share, (r, null, split) = closure(G, D), gain_deficit(local, memory, full)
+        per = 1000 / len(positions)
+        rows.append([c.T, c.label, n, interval(*t_interval(D), per), interval(*t_interval(G), per),
+                     share if isinstance(share, str) else interval(*share, 1), f"{r:.2f}",
+                     f"{np.mean(null):.2f}, highest of {len(null)}: {max(null):.2f}", f"{split:.2f}"])
+    text = table("T|memory|n|mean D mBPB [95% CI]|mean G mBPB [95% CI]|closure ΣG/ΣD [95% CI]|r(G, D)|r of noise alone"
+                 "|r, split seeds", rows)
+    return text + ("\n" + recombination(cells) if rows else "")
+
+
+def overhead_table(cells) -> str:
+    """Medians, so that one run on a slower machine doesn't move them; the range of the minutes tells of it."""
+    rows = []
+    names = "total_params memory_params flops_per_token state_bytes tokens_per_second minutes peak_mib".split()
+    for c in cells:
+        row = [human(np.median(c.costs(k))) if c.costs(k) else "–" for k in names]
+        if (t := c.costs("minutes")) and max(t) > 1.1 * min(t):
+            row[5] += f" ({min(t):.3g}–{max(t):.3g})"
+        rows.append([c.T, c.label, *row])
+    return table("T|condition|parameters|of the memory|FLOPs/token|state bytes|tokens/s|minutes|peak MiB", rows)
+
+
+def frontiers(cells):
+    """(T, name of the cost, [(cost, bpb, cell)], indexes on the frontier) wherever two conditions recorded the cost."""
+    for T, cost in itertools.product(sorted({c.T for c in cells}), COSTS):
+        points = sorted(((float(np.median(c.costs(cost))), c.mean(), c) for c in cells if c.T == T and c.costs(cost)),
+                        key=lambda p: p[:2])
+        if len(points) > 1:
+            yield T, cost, points, pareto([p[:2] for p in points])
+
+
+def frontier_table(cells) -> str:
+    rows = [[T, COSTS[cost], ", ".join(points[i][2].label for i in best), len(points)]
+            for T, cost, points, best in frontiers(cells)]
+    return table("T|cost|not beaten by any other|compared", rows)
+
+
+def matched_table(cells) -> str:
+    """bpb at the largest budget that every run of a context length has reached, and the paired difference there."""
+    rows = []
+    for T, cost in itertools.product(sorted({c.T for c in cells}), ("flops", "minutes")):
+        logged = [c for c in cells if c.T == T and all(len(log_curve(r, cost)[0]) for r in c.runs.values())]
+        budget = min((log_curve(r, cost)[0][-1] for c in logged for r in c.runs.values()), default=0)
+        found = {c.label: {s: at_budget(r, cost, budget) for s, r in c.runs.items()} for c in logged if len(logged) > 1}
+        found = {label: {s: v for s, v in at.items() if not math.isnan(v)} for label, at in found.items()}
+        for c in (c for c in logged if found.get(c.label)):
+            b, at = baseline(c, logged, "local", "global"), found[c.label]
+            p = paired(at, found[b.label]) if b and b is not c else None
+            there = f"{np.mean(list(at.values())):.5f}"
+            rows.append([T, f"{human(budget)} {'FLOPs' if cost == 'flops' else cost}", c.label, len(at), there,
+                         *([b.label, interval(p.mean, p.lo, p.hi)] if p else "––")])
+    return table("T|budget|condition|n|bpb there|against|Δ mBPB [95% CI]", rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures. Seeds are small points, means are lines or large markers; colour and marker both tell the condition.
+
+def look(cell: Cell) -> tuple[str, str]:
+    return STYLE.get(re.split("[ @-]", cell.label)[0], ("#994F00", "h"))
+
+
+def cut(values) -> float:
+    """How far an axis reaches, so that one outlier doesn't flatten the rest; what lies beyond is told by an arrow."""
+    values = np.abs(np.asarray(values, float))
+    return float(min(values.max(), 5 * np.median(values) or values.max()))
+
+
+def panels(rows, cols, size, **more):
+    fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained", **more)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return fig, axes
+
+
+def figure_differences(cells):
+    """Difference from the baseline, paired by seed: seeds, mean, 95% CI; one panel per context length."""
+    rows = [(c, b, paired(c.bpb(), b.bpb())) for c in cells if (b := baseline(c, cells, "local", "global"))]
+    rows = [(c, b, p) for c, b, p in rows if b is not c and p.seeds]
+    if not rows:
+        return None
+    lengths = sorted({c.T for c, *_ in rows})
+    heights = [0.9 + 0.42 * sum(c.T == T for c, *_ in rows) for T in lengths]
+    fig, axes = panels(len(lengths), 1, (8, 0.5 + sum(heights)), sharex=True, height_ratios=heights)
+    far = 1000 * cut([np.mean(p.diffs) for *_, p in rows])
+    ends = [0.0, *(1000 * x for *_, p in rows if abs(np.mean(p.diffs)) * 1000 <= far for x in (*p.diffs, p.lo, p.hi))]
+    left, right = np.nanmin(ends), np.nanmax(ends)
+    for ax, T in zip(axes[:, 0], lengths):
+        here = [r for r in rows if r[0].T == T]
+        for y, (c, b, p) in enumerate(here):
+            (colour, marker), mean = look(c), 1000 * float(np.mean(p.diffs))
+            if abs(mean) > far:
+                x, arrow, ha = (right, "→", "right") if mean > 0 else (left, "←", "left")
+                ax.text(x, y, f"{mean:+.1f} {arrow}", color=colour, weight="bold", ha=ha, va="center")
+                continue
+            ax.plot(1000 * np.array(p.diffs), [y + 0.22] * len(p.diffs), marker, color=colour, ms=6, alpha=0.8, mew=0)
+            if not math.isnan(p.mean):
+                ax.plot([1000 * p.lo, 1000 * p.hi], [y - 0.08] * 2, color=colour, lw=2)
+                ax.plot(mean, y - 0.08, "|", color=colour, ms=13, mew=3)
+        ax.axvline(0, color="black", lw=1)
+        ax.set(yticks=range(len(here)), yticklabels=[f"{c.label}, n={len(p.seeds)}" for c, _, p in here],
+               ylim=(len(here) - 0.4, -0.6), title=f"T = {T}, against {here[0][1].label}")
+        ax.margins(x=0.03)
+    axes[-1, 0].set_xlabel("bpb difference, paired by seed (mBPB; left is better)")
+    return fig
+
+
+def figure_position(cells):
+    """D(p) and G(p) of every memory that has a local and a global baseline."""
+    found = list(position_curves(cells))
+    if not found:
+        return None
+    cols, rows = min(3, len(found)), -(-len(found) // 3)
+    fig, axes = panels(rows, cols, (max(5, 3.3 * cols), 2.6 * rows + 0.3))
+    for ax in axes.flat[len(found):]:
+        ax.set_visible(False)
+    for ax, (c, positions, local, memory, full) in zip(axes.flat, found):
+        for curve, name, colour, style in ((local - full, "D", "black", "--"), (local - memory, "G", look(c)[0], "-")):
+            ax.plot(np.tile(positions, len(curve)), 1000 * curve.ravel(), ".", color=colour, ms=4, alpha=0.4, mew=0)
+            ax.plot(positions, 1000 * curve.mean(0), style, color=colour, lw=1.6, label=name)
+        ax.axhline(0, color="black", lw=0.6)
+        lo, hi = np.quantile(1000 * np.array([local - full, local - memory]), [0.003, 0.997])
+        ax.set(title=f"{c.label}\nT = {c.T}, n = {len(local)}", ylim=(lo - 0.05 * (hi - lo), hi + 0.2 * (hi - lo)))
+        ax.locator_params(nbins=5)
+    axes[0, 0].legend(fontsize=9, loc="upper center", ncols=2, frameon=False)
+    fig.supxlabel("position in the row (tokens)")
+    fig.supylabel("dashed D = local − global\nsolid G = local − memory (mBPB)", fontsize=10, ma="center")
+    return fig
+
+
+def figure_pareto(cells):
+    """bpb against what it costs; black: the frontier of the means; thin: the logged curve on the way there."""
+    found = list(frontiers(cells))
+    if not found:
+        return None
+    lengths, costs = sorted({f[0] for f in found}), [k for k in COSTS if any(f[1] == k for f in found)]
+    fig, axes = panels(len(lengths), len(costs), (max(6, 3.3 * len(costs)), 2.8 * len(lengths) + 0.8))
+    handles, solid = {}, {}
+    for c in cells:
+        solid.setdefault(look(c)[0], c.label)                         # a second variant of one memory is hollow
+    for T, cost, points, best in found:
+        ax, low = axes[lengths.index(T), costs.index(cost)], min(y for _, y, _ in points)
+        far = low + cut([y - low for _, y, _ in points if y > low] or [0.0])
+        seen = [v for _, y, c in points if y <= far for v in c.bpb().values()]
+        beyond = [f"{c.label} {y:.3f}" for _, y, c in points if y > far]
+        for x, y, c in points:
+            colour, marker = look(c)
+            fill = colour if solid[colour] == c.label else "white"
+            handles[c.label], = ax.plot(x, y, marker, color=colour, mfc=fill, ms=9, alpha=0.9)
+            ax.plot([x] * len(c.runs), list(c.bpb().values()), marker, color=colour, ms=4, alpha=0.5, mew=0)
+        ax.step(*zip(*(points[i][:2] for i in best)), where="post", color="black", lw=1, zorder=0)
+        if points[0][0] > 0 and points[-1][0] > 10 * points[0][0]:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: human(x))
+        window, pad = ax.get_xlim(), 0.08 * (max(seen) - min(seen)) or 1e-3
+        for run in (r for *_, c in points for r in c.runs.values() if cost != "state_bytes"):
+            ax.plot(*log_curve(run, cost), color="gray", lw=0.6, alpha=0.5, zorder=0)
+        ax.set(xlim=window, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[cost])
+        ax.set_title("\n↑ ".join([f"T = {T}", *beyond]), fontsize=10)
+    fig.supylabel("validation bpb (bits per byte)")
+    labels = [label for label in dict.fromkeys(c.label for c in cells) if label in handles]
+    fig.legend([handles[x] for x in labels], labels, loc="outside lower center", ncols=3, fontsize=9)
+    return fig
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report: for each section its title, what to know before reading it, its table, its figure
+
+SECTIONS = (
+    ("Bits per byte", "Mean ± standard deviation over seeds. Means over different seeds don't compare.",
+     context_table, None),
+    ("Differences, paired by seed", "Condition minus baseline, over the n seeds both have. Holm's correction covers"
+     " all tests of this table, for each kind of test. With n pairs the exact sign-flip p can't be below 2/2^n.",
+     mechanism_table, figure_differences),
+    ("Position", "D = local − global, G = local − memory, per bucket. Closure is undefined where D's own interval isn't"
+     " above 0. G and D share the local runs, so noise alone correlates: r means something only above all of the null"
+     " *and* above 0 with split seeds.", position_table, figure_position),
+    ("What it costs", "Medians over seeds.", overhead_table, None),
+    ("Pareto frontier", "Of the means; a difference within its interval above is no difference.", frontier_table,
+     figure_pareto),
+    ("Matched compute", "The logged curves at the largest budget that every run has reached. A run whose learning rate"
+     " had not yet come down stands worse here than a run planned for that budget would.", matched_table, None))
+
+
+PEER_NOTE = """These files follow memory-bench's schema. Its persistent runs attend globally whatever window they name:
+compare them with global. Its memories' matrices were trained by another optimizer (AdamW) than its baseline's (Muon).
+"""
+
+
+def report(cells, repeats, skipped, others, out: Path) -> str:
+    """Writes the figures into `out`; returns the text of REPORT.md."""
+    parts = [f"# Results\n\n{sum(len(c.runs) for c in cells)} runs in {len(cells)} conditions; {len(skipped)} files "
+             f"skipped, {len(repeats)} repeated seeds left out, {len(others)} other JSON files ignored.\n"]
+    for title, lines in (("Skipped", skipped), ("Repeated seeds (the first file read is kept)", repeats)):
+        parts += [f"{title}:\n\n" + "".join(f"- {x}\n" for x in lines)] if lines else []
+    for k, study in enumerate(sorted({c.study for c in cells})):
+        mine = [c for c in cells if c.study == study]
+        parts.append(f"## {' · '.join(filter(None, study)) or 'Runs'}\n")
+        parts += [PEER_NOTE] if study[1] == PEER else []
+        for title, lead, tabulate, draw in SECTIONS:
+            if not (body := tabulate(mine)):
+                continue
+            parts.append(f"### {title}\n\n{lead}\n\n{body}")
+            if draw and (fig := draw(mine)):
+                name = f"{draw.__name__.removeprefix('figure_')}{k or ''}.png"
+                fig.savefig(out / name, dpi=110)
+                plt.close(fig)
+                parts.append(f"![{title}]({name})\n")
+    return "\n".join(parts)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="exit status: 0 all read, 1 some files skipped, 2 bad input")
+    parser.add_argument("folders", nargs="+", help="folders with result files, searched to any depth for *.json")
+    parser.add_argument("--out", default="out/report", help="where REPORT.md and the figures go (default out/report)")
+    parser.add_argument("--by", default="", help="configuration keys that split conditions, e.g. --by=n_layer,lr")
+    parser.error = lambda message: (print(f"error: {message}; see --help", file=sys.stderr), sys.exit(2))
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    try:
+        runs, skipped, others = read_all(args.folders)
+        cells, repeats = make_cells(runs, args.by.split(","))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "REPORT.md").write_text(report(cells, repeats, skipped, others, out), encoding="utf-8")
+    except (UserError, OSError) as e:                                 # an OSError names the file it can't open or write
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    print(f"{len(runs)} runs, {len(cells)} conditions, {len(skipped)} files skipped -> {out / 'REPORT.md'}")
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
