@@ -46,7 +46,7 @@ BOOTSTRAP = 10_000
 NOT_ENOUGH = "not enough seeds"
 COSTS = {"minutes": "training time (minutes)", "flops": "training compute (FLOPs)", "state_bytes": "state (bytes)"}
 # where and how a run was executed, not what was trained: these may differ inside a cell
-EXECUTION = {"seed", "run", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
+EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
 # settings that one memory alone reads, told by prefix or by name; elsewhere they mean nothing
 OWNER = {"conv_width": "deltanet", "expand_v": "deltanet", "memory_layers": "any"}
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet", "any"}

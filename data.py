@@ -351,7 +351,6 @@ def train_bpe(words, n_tokens):
     are checked when they come up.
     """
     tokens = [bytes([i]) for i in range(256)]
-    rank = {token: i for i, token in enumerate(tokens)}
     spelling = [(word.encode().decode("latin-1"), n) for word, n in words.items()]
     pairs = lambda word: map(operator.add, word, word[1:])
     count, where = defaultdict(int), defaultdict(list)
@@ -370,10 +369,8 @@ def train_bpe(words, n_tokens):
             if count[pair]:
                 heapq.heappush(heap, (-count[pair], pair))
             continue
-        merged = tokens[ord(pair[0])] + tokens[ord(pair[1])]
-        new = chr(rank.setdefault(merged, len(tokens)))      # two pairs can spell the same bytes: one token
-        if ord(new) == len(tokens):
-            tokens.append(merged)
+        new = chr(len(tokens))
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         changed = set()
         for i in set(where.pop(pair)):
             old, n = spelling[i]
@@ -635,7 +632,7 @@ def load(dataset, tokenizer, cache="out/data", quiet=False):
     """The Corpus of a dataset and a tokenizer: downloaded, tokenized and cached if that is not done yet."""
     try:
         os.makedirs(cache, exist_ok=True)
-        with locked(cached(cache, os.path.basename(os.path.abspath(dataset)), ".lock")):
+        with locked(os.path.join(cache, "lock")):
             text = find_text(dataset, cache, quiet)
             encoding = get_encoding(tokenizer, text, cache, quiet)
             folder, meta = prepare(text, encoding, cache, quiet)
@@ -653,7 +650,8 @@ def summary(corpus):
     """What a corpus holds, as lines of text."""
     yield f"{corpus.name} as {corpus.tokenizer}: vocabulary {corpus.vocab_size}, sha256 {corpus.sha256}"
     for split, parts in corpus.parts.items():
-        counts = sum(np.bincount(part, minlength=corpus.vocab_size) for part in parts)
+        counts = sum(np.bincount(part[at:at + (1 << 22)], minlength=corpus.vocab_size)
+                     for part in parts for at in range(0, len(part), 1 << 22))
         size, length = int(counts @ corpus.token_bytes.numpy()), corpus.documents[split][1]
         yield (f"{split}: {len(length):,} documents (median {int(np.median(length)):,} tokens), "
                f"{size:,} bytes, {counts.sum():,} tokens, {size / counts.sum():.3f} bytes a token")

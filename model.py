@@ -127,8 +127,12 @@ class Config:
         return self.local_window if self.window[layer % len(self.window)] == "S" and not last else None
 
     def carries_memory(self, layer: int) -> bool:
-        if self.memory_layers in ("all", "middle"):
-            return self.memory_layers == "all" or layer == self.n_layer // 2
+        if self.memory_layers == "all":
+            return True
+        if MEMORIES[self.memory].mixer is Attention:
+            raise ValueError(f"memory_layers={self.memory_layers!r} has no effect with memory={self.memory!r}; leave it at all")
+        if self.memory_layers == "middle":
+            return layer == self.n_layer // 2
         try:
             chosen = [int(i) for i in self.memory_layers.split("+")]
         except ValueError:
@@ -136,8 +140,6 @@ class Config:
                              "6 or 1+3+5") from None
         if not all(0 <= i < self.n_layer for i in chosen):
             raise ValueError(f"memory_layers={self.memory_layers!r} is out of range; the layers are 0 to {self.n_layer - 1}")
-        if MEMORIES[self.memory].mixer is Attention:
-            raise ValueError(f"memory_layers={self.memory_layers!r} has no effect with memory={self.memory!r}; leave it at all")
         return layer in chosen
 
     def value_embed_slot(self, layer: int) -> int | None:
@@ -534,7 +536,7 @@ class DeltaNet(nn.Module):
         u = torch.cat([tail, u], 1)
         tail = u[:, T:]
         # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under torch.compile.
-        u = F.silu(sum(self.conv[:, 0, w] * u[:, w:w + T] for w in range(self.width)))
+        u = F.silu(sum(self.conv[:, 0, w].to(u.dtype) * u[:, w:w + T] for w in range(self.width)))
         q, k, v = u.split([C, C, u.size(2) - 2 * C], -1)
         if self.value_gate is not None:
             v = join_heads(self.value_gate(split_heads(v, self.Dv), x, ve))

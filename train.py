@@ -22,8 +22,8 @@ Reading order
     train, main             one run; all of them
 
 References
-    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon     scaled as AdamW: Liu et al. 2025, arXiv 2502.16982
-    AdamW: Loshchilov & Hutter 2019, 1711.05101                     warm-up, stable, warm-down: Hu et al. 2024, 2404.06395
+    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon  its scale: Liu et al. 2025, arXiv 2502.16982
+    AdamW: Loshchilov & Hutter 2019, 1711.05101                  warm-up, stable, warm-down: Hu et al. 2024, 2404.06395
 """
 import argparse
 import difflib
@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -55,7 +56,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import UserError
-from model import GPT, MEMORIES, PRESETS, Config, state_bytes
+from model import GPT, PRESETS, Config, state_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -105,8 +106,7 @@ class RunConfig(Config, FitConfig):
     batch_size: int = opt(16, "rows of max_seq_len tokens in a step, over all ranks", low=1)
     sample_tokens: int = opt(200, "length of the text generated at the end, max_seq_len at most; 0 = none", "run")
     out_dir: str = opt("out", "where run folders go", "run")
-    run: str = opt("", "name of the run folder; made from the other settings if empty (torchrun has a flag of that "
-                   "name too, so there write: torchrun ... -- train.py --run=NAME)", "run")
+    name: str = opt("", "name of the run folder; made from the other settings if empty", "run")
 
     def __post_init__(self):
         model_config(self)
@@ -114,9 +114,9 @@ class RunConfig(Config, FitConfig):
             value, known = getattr(self, f.name), f.metadata
             if known.get("choices") and value not in known["choices"]:
                 raise UserError(f"--{f.name}={value}: expected one of {', '.join(known['choices'])}")
-            if isinstance(value, float) and not math.isfinite(value) or isinstance(value, (int, float)) and not (
-                    known.get("low", value) <= value <= known.get("high", value)):
-                raise UserError(f"--{f.name}={value}: expected a number from {known.get('low', 0)} to {known.get('high', math.inf)}")
+            low, high = known.get("low", -math.inf), known.get("high", math.inf)
+            if not isinstance(value, str) and not (low <= value <= high and math.isfinite(value)):
+                raise UserError(f"--{f.name}={value}: expected a finite number from {low} to {high}")
 
 
 # Added to model.PRESETS, the architecture side. gpt2 is the recipe of Memory Mosaics, appendix (their table 3).
@@ -178,9 +178,9 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     order = sorted(grid, key=lambda name: name == "seed")  # in the order given, seeds innermost
     points = itertools.product(*(grid[name] for name in order))
     configs = [name_run(preset_config(**dict(zip(order, point)))) for point in points]
-    names = [c.run for c in configs]
+    names = [c.name for c in configs]
     if len(set(names)) < len(names):
-        raise UserError(f"--run={names[0]} is one folder but the sweep has {len(names)} runs; leave --run out")
+        raise UserError(f"--name={names[0]} is one folder but the sweep has {len(names)} runs; leave --name out")
     return configs
 
 
@@ -202,7 +202,7 @@ def preset_config(preset: str = "laptop", **flags) -> RunConfig:
 
 def name_run(cfg: RunConfig) -> RunConfig:
     """laptop-deltanet-window=L-s1: the preset, the memory and whatever else makes the result another one."""
-    if cfg.run:
+    if cfg.name:
         return cfg
     usual, parts = preset_config(cfg.preset), [cfg.preset, cfg.memory]
     for f in fields(cfg):
@@ -212,7 +212,7 @@ def name_run(cfg: RunConfig) -> RunConfig:
     name = re.sub(r"[^\w.+=-]", "_", "-".join(parts))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-    return replace(cfg, run=f"{name}-s{cfg.seed}")
+    return replace(cfg, name=f"{name}-s{cfg.seed}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def compiles(cfg) -> bool:
 # Optimizer
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
-    """(N,m,n) matrices -> about U Vᵀ of each G = U S Vᵀ, by a quintic Newton-Schulz iteration on the singular values."""
+    """(N,m,n) matrices -> about U Vᵀ of each G = U S Vᵀ: a quintic Newton-Schulz iteration on the singular values."""
     X = G.bfloat16() if G.is_cuda else G
     wide = X if X.size(-2) <= X.size(-1) else X.mT
     X = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -347,7 +347,7 @@ def disk(path: Path):
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None):
-    """A file to write that takes path's place only when it is complete and on the disk. keep: the old one's new name."""
+    """A file to write that takes path's place once it is complete and on the disk. keep: the old one's new name."""
     temporary = path.with_name(path.name + ".tmp")
     with disk(path):
         try:
@@ -374,7 +374,7 @@ def save_checkpoint(out: Path, cfg, step: int, seconds: float, model, optimizers
 
 
 def find_checkpoint(out: Path) -> dict | None:
-    """The newest checkpoint that is whole. The zip's checksums find what is truncated or changed; torch.load does not."""
+    """The newest checkpoint that is whole: the zip's checksums find what was truncated or changed, torch.load does not."""
     for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
         try:
             with zipfile.ZipFile(path) as whole:
@@ -398,7 +398,7 @@ def check_same(old: dict, cfg, where: Path) -> None:
     differ = [f"{name} (there {old.get(name, 'missing')}, now {new[name]})" for name in new
               if name not in old or old[name] != new[name]]
     if differ:
-        raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --run, or delete it")
+        raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --name, or delete it")
 
 
 def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
@@ -663,7 +663,7 @@ def measure(model: GPT, corpus, cfg: RunConfig, history: list[dict], final: dict
     for package in ("torch", "triton", "numpy", "tiktoken"):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    same = ("run", "memory", "window", "preset", "seed", "max_seq_len", "dataset", "tokenizer", "data_sha256")
+    same = ("name", "memory", "window", "preset", "seed", "max_seq_len", "dataset", "tokenizer", "data_sha256")
     tokens = cfg.batch_size * cfg.max_seq_len
     return {key: getattr(cfg, key) for key in same} | final | dict(
         config=asdict(cfg), train_tokens=cfg.steps * tokens, total_params=total,
@@ -718,7 +718,7 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
 
 
 def finished(cfg: RunConfig) -> dict | None:
-    path = Path(cfg.out_dir, cfg.run, "result.json")
+    path = Path(cfg.out_dir, cfg.name, "result.json")
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
@@ -730,7 +730,7 @@ def train(cfg: RunConfig) -> dict:
     """One run, from the configuration to result.json."""
     if cfg.batch_size % world():
         raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
-    device, out = pick_device(cfg), Path(cfg.out_dir, cfg.run)
+    device, out = pick_device(cfg), Path(cfg.out_dir, cfg.name)
     corpus = load_corpus(cfg.dataset, cfg.tokenizer)
     cfg = fill_in(cfg, corpus)
     torch.manual_seed(cfg.seed)
@@ -809,18 +809,18 @@ def run_all(configs: list[RunConfig]) -> None:
     for cfg in configs:
         result = finished(cfg)
         if result:
-            say(f"{Path(cfg.out_dir, cfg.run)}: finished, skipped (delete the folder to train it again)")
+            say(f"{Path(cfg.out_dir, cfg.name)}: finished, skipped (delete the folder to train it again)")
         else:
             try:
                 result = train(cfg)
             except Diverged as e:
                 if len(configs) == 1:
                     raise
-                say(f"{Path(cfg.out_dir, cfg.run)}: {e}")
-                failed.append(cfg.run)
+                say(f"{Path(cfg.out_dir, cfg.name)}: {e}")
+                failed.append(cfg.name)
         results += [result] if result else []
     if len(configs) > 1 and results:
-        swept = [f.name for f in fields(RunConfig) if f.name not in ("seed", "run", "memory", "window")
+        swept = [f.name for f in fields(RunConfig) if f.name not in ("seed", "name", "memory", "window")
                  and len({getattr(c, f.name) for c in configs}) > 1]
         print_table(results, ["memory", "window", *swept])
     if failed:
@@ -840,7 +840,8 @@ def main(argv: list[str] | None = None) -> int:
         run_all(configs)
         return 0
     except Stopped as e:
-        say(f"\n{e.args[1]}\nthe same command goes on from there: python train.py {' '.join(argv)}")
+        launcher = "torchrun ..." if world() > 1 else "python"
+        say(f"\n{e.args[1]}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
         return 128 + e.args[0]
     except UserError as e:
         if rank() == 0:
