@@ -491,7 +491,7 @@ class TTT(nn.Module):
         positions = torch.arange(pos, pos + T, device=x.device) % self.K
         q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
         lr = torch.sigmoid(self.lr(x).to(torch.promote_types(x.dtype, torch.float32))) / D          # η (B,T,H), base_lr 1
-        i = torch.arange(1, self.K + 1, device=x.device)
+        i = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
         scale = (1 / i + self.token_scale).clamp(min=0)                                             # s_i
         with full_precision(x):
             o, state = ttt_linear(*(a.transpose(1, 2) for a in (q, k, v)), lr, scale, self.W.view(-1, D, D),

@@ -227,7 +227,7 @@ T = 80
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, max_seq_len=T, short_window=8, knn_capacity=16, knn_topk=4, ttt_chunk=8,
              rmt_segment=20, rmt_tokens=3, persistent_slots=3, dropout=0.0)
 VARIANTS = {name: {k: v for k, v in preset.items() if k not in SMALL} for name, preset in PRESETS.items()}
-VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True), "hybrid": dict(n_layer=3, memory_layers="1"),
+VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True, sink_tokens=2), "hybrid": dict(n_layer=3, memory_layers="1"),
              "lru": dict(knn_evict="lru"), "wide": dict(expand_v=2, value_embeds=True)}
 CUTS = (1, 7, 8, 9, 19, 20, 21, 63, 64, 65, T - 1)  # around windows and mini-batches (8), segments (20), delta chunks (64)
 
@@ -236,6 +236,8 @@ def small(memory, variant="laptop", **changes):
     options = SMALL | VARIANTS[variant] | changes
     if MEMORIES[memory].mixer is model.Attention:
         options.pop("memory_layers", None)
+    if memory == "rmt":
+        options.pop("sink_tokens", None)
     torch.manual_seed(0)
     return GPT(Config(memory=memory, **options)).double().eval()
 
@@ -422,15 +424,19 @@ def test_knn_lru_keeps_what_is_retrieved():
     assert gradient[:, :32].abs().max() == 0 and gradient[:, 32:].abs().min() > 0   # 8 in the window, none through the store
 
 
-def test_persistent_slots_are_keys_without_position():
-    net = small("persistent", n_layer=1, window="L", pos="none")
-    layer = net.body.blocks[0].mixer
-    layer.slot_scale.data.fill_(1.0)
+@each(window=[None, 4])
+@torch.no_grad()
+def test_persistent_slots_are_keys_without_position_or_window(window):
+    layer = small("persistent", n_layer=1, pos="none").body.blocks[0].mixer
+    layer.window = window
+    layer.slot_scale.fill_(1.0)
+    torch.manual_seed(1)
     x = torch.randn(1, 12, 16, dtype=torch.float64)
     q, k, v = layer.project(x, None)
     slot_k = F.rms_norm(layer.slot_k.view(3, 2, 8), (8,)).transpose(0, 1)[None]
     slot_v = layer.slot_v.view(3, 2, 8).transpose(0, 1)[None]
-    score = torch.cat([q @ slot_k.mT, (q @ k.mT).masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf"))], -1)
+    hidden = torch.ones(12, 12).triu(1) + torch.ones(12, 12).tril(-(window or 12))
+    score = torch.cat([q @ slot_k.mT, (q @ k.mT).masked_fill(hidden.bool(), float("-inf"))], -1)
     y = (score * 8 ** -0.5).softmax(-1) @ torch.cat([slot_v, v], 2)
     assert error(layer(x)[0], layer.out(model.join_heads(y))) < 1e-12
 
@@ -520,16 +526,51 @@ def test_deltanet_layer():
     assert ((dt >= 0.9e-3) & (dt <= 1.1e-1)).all() and (layer.A_log.exp() <= 16).all()
 
 
-def test_ttt_layer_starts_as_published():
-    layer = small("ttt", n_layer=1).body.blocks[0].mixer
-    seen = {}
-    original, model.ttt_linear = model.ttt_linear, lambda q, k, v, lr, s, W, b, *rest: seen.update(lr=lr, s=s, W=W, b=b) or original(q, k, v, lr, s, W, b, *rest)
+@torch.no_grad()
+def test_ttt_layer_hands_over_what_is_published():
+    """η = σ(·)/D, s = max(0, 1/i + learned), W_0 and b_0 per head, keys rotated by the position modulo K."""
+    layer, seen, original = small("ttt", n_layer=1).body.blocks[0].mixer, [], model.ttt_linear
+    layer.token_scale[2] = -9.0
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
     try:
-        layer(torch.randn(1, 20, 16, dtype=torch.float64))
+        model.ttt_linear = lambda *inputs: seen.extend(inputs) or original(*inputs)
+        layer(x)
     finally:
         model.ttt_linear = original
-    assert error(seen["s"], 1 / torch.arange(1, 9)) < 1e-12 and seen["W"].shape == (2, 8, 8) and seen["b"].abs().max() == 0
-    assert ((seen["lr"] > 0) & (seen["lr"] < 1 / 8)).all()      # η = σ(·)/D
+    q, k, v, lr, s, W, b = seen[:7]
+    expected = 1 / torch.arange(1, 9).double()
+    expected[2] = 0
+    assert error(s, expected) < 1e-12 and W.shape == (2, 8, 8) and b.shape == (2, 8)
+    assert error(lr, torch.sigmoid(layer.lr(x)) / 8) < 1e-12
+    raw = layer.k(x).view(1, 20, 2, 8)
+    assert error(k[:, [0, 8, 16]], raw[:, [0, 8, 16]]) < 1e-12 and error(k[:, 7], raw[:, 7]) > 1e-3
+    turned = model.rotary(raw[:, :8].transpose(1, 2), torch.arange(8), layer.theta).transpose(1, 2)
+    assert error(k[:, :8], turned) < 1e-12
+
+
+@torch.no_grad()
+def test_value_embeddings_and_softcap():
+    """v + 2σ(W x[:32]) ve on alternating layers, the last included; logits = c tanh(raw / c)."""
+    net, idx = small("none", "d12", n_layer=3, n_embd=64), tokens(rows=1)
+    assert [b.mixer.value_gate is not None for b in net.body.blocks] == [True, False, True]
+    gate, x, ve = net.body.blocks[0].mixer.value_gate, torch.randn(1, 5, 64).double(), torch.randn(1, 5, 64).double()
+    v = torch.randn(1, 2, 5, 32).double()
+    expected = v + (2 * torch.sigmoid(x[..., :32] @ gate.linear.weight.T)).mT[..., None] * ve.view(1, 5, 2, 32).transpose(1, 2)
+    assert error(gate(v, x, ve), expected) < 1e-12
+    capped = net(idx)
+    net.lm_head.weight.mul_(100)
+    net.config.softcap = 0.0
+    raw = net(idx)
+    net.config.softcap = 15.0
+    assert error(net(idx), 15 * torch.tanh(raw / 15)) < 1e-12 and raw.abs().max() > 15 > net(idx).abs().max()
+    assert error(capped, raw / 100) < 1e-3
+
+
+def test_initial_weights():
+    net = GPT(Config(n_embd=256, value_embeds=True))
+    for name, p in net.named_parameters():
+        std = 0.02 * (8 ** -0.5 if ".out." in name else 16 if name.startswith("value") else 1)
+        assert abs(p.std().item() / std - 1) < 4 * p.numel() ** -0.5, name
 
 
 def parameters(net):
