@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -44,6 +45,7 @@ from torch import nn
 
 import analyze
 import data
+import memories
 import model
 import train
 from memories import gated_delta_rule, leaky_average, ttt_linear
@@ -619,8 +621,8 @@ def test_compiles_without_graph_breaks(memory):
 def test_flops_count_the_matrix_products():
     """Exactly, but for attention (not counted on the CPU); the recurrences' formulas within their small change."""
     from torch.utils.flop_counter import FlopCounterMode
-    for memory, low, high in (("none", 1, 1), ("ttt", 0.8, 1.25), ("deltanet", 0.8, 1.25)):
-        net, idx = small(memory, n_embd=64, max_seq_len=256), tokens(rows=1, length=256)
+    for memory, low, high in (("none", 1, 1), ("rmt", 0.95, 1.2), ("ttt", 0.8, 1.25), ("deltanet", 0.8, 1.25)):
+        net, idx = small(memory, n_embd=64, max_seq_len=256, rmt_segment=64), tokens(rows=1, length=256)
         with FlopCounterMode(display=False) as counter:
             net(idx)
         attention = sum(b.mixer.flops(256) for b in net.body.blocks) if memory == "none" else 0
@@ -644,6 +646,215 @@ def test_learned_positions_end():
     _, state = net.stream(tokens())
     raises(ValueError, lambda: net.stream(tokens()[:, :1], state), "81 tokens", "80 learned positions")
     raises(ValueError, lambda: net.generate(tokens()[:, :0], 3), "no tokens")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memories.py: the Triton kernels without a GPU: values from the interpreter (float32, against the loops), and what the compiler says
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+PARITY = 1e-4
+
+
+def parity(name, args, fn=None):
+    e = memories.errors(fn or getattr(memories, name), args)
+    assert max(e.values()) <= PARITY, f"{name}: {', '.join(f'{k} {x:.1e}' for k, x in e.items() if x > PARITY)}"
+
+
+def delta_example(B=1, T=70, H=2, D=16, **changes):
+    torch.manual_seed(0)
+    args = memories.example("gated_delta_rule", B, T, H, D, Dv=changes.pop("Dv", D))
+    return args | {name: change(args[name]) for name, change in changes.items()}
+
+
+def ttt_example(B=1, T=64, H=2, D=32, K=16, **changes):
+    torch.manual_seed(0)
+    args = memories.example("ttt_linear", B, T, H, D, K=K)
+    return args | {name: change(args[name]) for name, change in changes.items()}
+
+
+def case_delta_head_sizes():
+    for D, Dv in ((16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
+        parity("gated_delta_rule", delta_example(T=66, H=1, D=D, Dv=Dv))
+
+
+def case_delta_lengths():
+    for T in (1, 2, 31, 32, 33, 63, 64, 65, 129):
+        parity("gated_delta_rule", delta_example(T=T, B=2))
+
+
+def case_delta_decay():
+    for g in (0.0, -1e-4, -1.0, -20.0):
+        parity("gated_delta_rule", delta_example(g=lambda x: torch.full_like(x, g)))
+    parity("gated_delta_rule", delta_example(T=130, g=lambda x: torch.where(torch.rand_like(x) < 0.2, -30.0, -0.01)))
+
+
+def case_delta_beta():
+    for beta in (0.0, 1.0):
+        parity("gated_delta_rule", delta_example(beta=lambda x: torch.full_like(x, beta)))
+    parity("gated_delta_rule", delta_example(beta=lambda x: (torch.rand_like(x) < 0.5).float()))
+
+
+def case_delta_alike_keys():
+    one = lambda x: torch.full_like(x, 1.0)
+    identical = lambda k: k[:, :1].expand_as(k).clone()
+    correlated = lambda k: F.normalize(k[:, :1] + 0.1 * k, dim=-1)
+    for keys in (identical, correlated):
+        parity("gated_delta_rule", delta_example(T=130, D=32, k=keys, beta=one, g=torch.zeros_like))
+        parity("gated_delta_rule", delta_example(T=130, D=32, k=keys))
+
+
+def case_delta_state():
+    """A cut anywhere with gradients through the state that is handed over, and no state at all."""
+    def halves(q, k, v, g, beta, state, impl):
+        xs = (q, k, v, g, beta)
+        o1, state = memories.gated_delta_rule(*(x[:, :37] for x in xs), state, impl=impl)
+        o2, state = memories.gated_delta_rule(*(x[:, 37:] for x in xs), state, impl=impl)
+        return torch.cat([o1, o2], 1), state
+    parity("cut", delta_example(), halves)
+    args = delta_example()
+    del args["state"]
+    parity("gated_delta_rule", args)
+    args = delta_example()
+    o, state = memories.gated_delta_rule(*(args[n][:, :0] for n in ("q", "k", "v", "g", "beta")), args["state"], impl="triton")
+    assert o.shape == (1, 0, 2, 16) and torch.equal(state, args["state"])
+
+
+def case_delta_unused_outputs():
+    """A loss on the output alone or the state alone: the other's gradient arrives as None."""
+    for which in (0, 1):
+        grads = {}
+        for impl in ("loop", "triton"):
+            args = {n: x.requires_grad_() for n, x in delta_example().items()}
+            memories.gated_delta_rule(**args, impl=impl)[which].square().sum().backward()
+            grads[impl] = args["k"].grad
+        assert (grads["triton"] - grads["loop"]).norm() <= PARITY * grads["loop"].norm()
+
+
+def case_delta_inputs():
+    """Strided inputs, float16, and no gradient."""
+    args = delta_example(v=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2), g=lambda g: g.mT.contiguous().mT)
+    parity("gated_delta_rule", args)
+    half = delta_example(q=torch.Tensor.half, k=torch.Tensor.half, v=torch.Tensor.half)
+    assert max(memories.errors(memories.gated_delta_rule, half).values()) < 1e-2
+    with torch.no_grad():
+        got, want = (memories.gated_delta_rule(**delta_example(), impl=impl)[0] for impl in ("triton", "loop"))
+    assert (got - want).norm() <= PARITY * want.norm()
+
+
+def case_ttt_sizes():
+    for D, K, T in ((32, 16, 64), (32, 32, 96), (32, 64, 192), (64, 16, 80), (64, 64, 64), (128, 16, 32)):
+        parity("ttt_linear", ttt_example(D=D, K=K, T=T, H=1 + (D == 32)))
+
+
+def case_ttt_lengths():
+    for T in (1, 15, 16, 17, 49, 100, 129):
+        parity("ttt_linear", ttt_example(T=T))
+
+
+def case_ttt_rates():
+    parity("ttt_linear", ttt_example(lr=torch.zeros_like))
+    parity("ttt_linear", ttt_example(lr=lambda x: 8 * x, token_scale=lambda s: torch.where(torch.arange(16) % 3 == 0, 0.0, s)))
+    parity("ttt_linear", ttt_example(k=lambda k: k[:, :1].expand_as(k).clone()))
+
+
+def case_ttt_state():
+    """Cuts inside mini-batches, so that the kernels start from a running one; gradients through all of the state."""
+    def cut(at):
+        def pieces(q, k, v, lr, token_scale, W, b, ln_weight, ln_bias, impl):
+            os, state = [], None
+            for t0, t1 in zip((0, *at), (*at, q.size(1))):
+                xs = (x[:, t0:t1] for x in (q, k, v, lr))
+                o, state = memories.ttt_linear(*xs, token_scale, W, b, ln_weight, ln_bias, state, impl=impl)
+                os.append(o)
+            assert int(state.pos) == q.size(1) % len(token_scale)
+            return torch.cat(os, 1), state
+        return pieces
+    parity("ttt cut", ttt_example(T=100), cut((0, 9, 60)))
+    parity("ttt cut", ttt_example(T=90, K=32), cut((40, 41)))
+
+
+def case_compile_without_breaks():
+    for name, args in (("gated_delta_rule", delta_example()), ("ttt_linear", ttt_example(T=70))):
+        fn = getattr(memories, name)
+        parity(name, args, lambda impl, **xs: torch.compile(fn, fullgraph=True, backend="aot_eager")(**xs, impl=impl)
+               if impl == "triton" else fn(**xs, impl=impl))
+
+
+def case_refusals():
+    for name, args in (("gated_delta_rule", delta_example(D=24)), ("ttt_linear", ttt_example(D=16)),
+                       ("gated_delta_rule", {n: x.double() for n, x in delta_example().items()})):
+        try:
+            getattr(memories, name)(**args, impl="triton")
+            raise AssertionError(f"{name} took a shape or dtype it has no kernel for")
+        except ValueError as e:
+            assert "expected" in str(e) and "chunk" in str(e)
+
+
+CASES = {name[5:]: fn for name, fn in list(globals().items()) if name.startswith("case_")}
+
+
+def run_kernel_cases(prefix):
+    """In the interpreter's process: the cases whose name begins with prefix; one line of JSON, what failed and how."""
+    failed = {}
+    for name, fn in CASES.items():
+        if name.startswith(prefix):
+            try:
+                fn()
+            except Exception:  # reported by the test that started this process
+                failed[name] = traceback.format_exc()
+    print("\n" + json.dumps([failed, time.process_time()]))
+
+
+@each(prefix=["delta", "ttt", "compile", "refusals"])
+def test_kernels_in_the_interpreter(prefix):
+    if not HAVE_TRITON:
+        raise unittest.SkipTest("triton is not installed")
+    run = subprocess.run([sys.executable, "-c", f"import test_all; test_all.run_kernel_cases({prefix!r})"], cwd=ROOT,
+                         capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert run.returncode == 0, run.stderr
+    failed, seconds = json.loads(run.stdout.splitlines()[-1])
+    assert not failed, "\n".join(f"{name}: {report}" for name, report in failed.items())
+    assert seconds < 60, f"{seconds:.0f} s of CPU time"
+
+
+def test_kernels_need_triton_and_a_gpu():
+    """impl='triton' where it cannot run is one sentence; without triton everything else works."""
+    args = delta_example()
+    try:
+        memories.gated_delta_rule(**args, impl="triton")
+        raise AssertionError("kernels ran on CPU tensors")
+    except ValueError as e:
+        assert "use impl='chunk'" in str(e)
+    code = ("import sys; sys.modules['triton'] = None; import memories as m\n"
+            "for name in ('gated_delta_rule', 'ttt_linear'):\n"
+            "    f, a = getattr(m, name), m.example(name, 1, 20, 2, 32)\n"
+            "    f(**a)\n"
+            "    try: f(**a, impl='triton'); sys.exit(3)\n"
+            "    except ValueError as e: assert 'not installed' in str(e)\n")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(memories.__file__).parent)
+    assert out.returncode == 0, out.stderr
+
+
+@each(arch=[80, 90], name=["gated_delta_rule", "ttt_linear"])
+def test_kernels_build(arch, name):
+    """Every kernel builds in bf16 within the chip's shared memory, the forward ones without a stack: at D = 64 and 128, or
+    with EVERY_KERNEL=1 in the environment at every size there is (minutes the first time; Triton keeps its binaries)."""
+    if not HAVE_TRITON:
+        raise unittest.SkipTest("triton is not installed")
+    cells = [(D, {}) for D in (64, 128)]
+    if os.environ.get("EVERY_KERNEL") and name == "gated_delta_rule":
+        cells = [(D, dict(Dv=Dv)) for D in (16, 32, 64, 128) for Dv in (D, 2 * D) if Dv <= 128]
+    elif os.environ.get("EVERY_KERNEL"):
+        cells = [(D, dict(K=K)) for D in (32, 64, 128) for K in (16, 32, 64)]
+    for D, extra in cells:
+        for fn, grid, args, options in memories.launches(name, 2, 256, 2, D, **extra):
+            x = memories.compiled(fn, args, options, arch)
+            where = f"{fn.__name__} for sm_{arch}, D={D} {extra}: {x}"
+            assert x["shared"] <= memories.SHARED_LIMIT[arch], f"too much shared memory: {where}"
+            assert not x["wgmma_from_registers"], f"wgmma with its left factor in registers: {where}"
+            allowed = 32 if extra.get("K", 16) > 16 else 0      # 8 bytes at D = 128, K = 32
+            if fn.__name__ in ("_delta_prep", "_delta_forward", "_ttt_forward", "_ttt_output"):
+                assert x["stack"] <= allowed, f"stack use in a forward kernel: {where}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
