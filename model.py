@@ -213,23 +213,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
         if start <= Tq:                                         # blank queries on the left make the causal mask square
             y = F.scaled_dot_product_attention(F.pad(q, (0, 0, start, 0)), k, v, dropout_p=dropout, is_causal=True, scale=scale)
             return y[:, :, start:]
+    # The keys in pieces: the free ones, what else precedes the queries, then one piece a block of queries. A window no
+    # wider than a block reaches one piece back. Pieces come from split: the gradient of a slice is as long as the whole
+    # sequence, and a slice for each block would cost O(T²/block).
+    block, free = max(window or 256, 64), min(n_free, Tk)
+    bounds = [0, free, max(start, free), *(max(start + b, free) for b in range(block, Tq, block)), Tk]
+    sizes = [b - a for a, b in zip(bounds, bounds[1:])]
+    positions = torch.arange(Tk, device=q.device)
+    pieces = list(zip(k.split(sizes, 2), v.split(sizes, 2), positions.split(sizes)))
     ys = []
-    block = min(max(window or 256, 64), 1024)
-    for a in range(0, Tq, block):
-        b = min(a + block, Tq)
-        lo, hi = (start + a - window + 1 if window else 0), start + b
-        lo = lo if lo > n_free else 0                           # the free keys, then the window; in one piece if they meet
-        i = torch.arange(start + a, start + b, device=q.device)[:, None]
-        j = torch.arange(lo, hi, device=q.device)
-        keys, values = k[:, :, lo:hi], v[:, :, lo:hi]
-        if lo and n_free:
-            j = torch.cat([torch.arange(n_free, device=q.device), j])
-            keys, values = (torch.cat([x[:, :, :n_free], y], 2) for x, y in ((k, keys), (v, values)))
+    for n, (q_n, i) in enumerate(zip(q.split(block, 2), positions[start:, None].split(block))):
+        keys, values, j = zip(*(pieces[:1] + pieces[n + 1:n + 3] if window else pieces[:n + 3]))
+        j = torch.cat(j)
         mask = (j <= i) if window is None else (j <= i) & ((i - j < window) | (j < n_free))
         if slopes is not None:
             bias = -slopes[:, None, None] * torch.where(j < n_free, 0, i - j)
-            mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)                   # (H,b-a,keys)
-        ys.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale))
+            mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)                   # (H,block,keys)
+        ys.append(F.scaled_dot_product_attention(q_n, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask,
+                                                 dropout_p=dropout, scale=scale))
     return torch.cat(ys, 2)
 
 
@@ -404,14 +405,14 @@ class KNNAttention(Attention):
             q, k = F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
         past_k, past_v = extend(past_k, k.detach()), extend(past_v, v.detach())
         first = pos + T - past_k.size(2)                        # absolute position of past_k[:, :, 0]
-        found, any_found = [], []
-        for a in range(pos // self.block * self.block, pos + T, self.block):
+        found, any_found, blocks = [], [], range(pos // self.block * self.block, pos + T, self.block)
+        sizes = [min(a + self.block, pos + T) - max(a, pos) for a in blocks]
+        for a, q_n in zip(blocks, q.split(sizes, 2)):
             lo, hi = max(a - self.window, 0), a - self.window + self.block
             if a >= pos and hi > 0:                             # a block begins inside this call
                 store = self.write(store, *(p[:, :, lo - first:hi - first] for p in (past_k, past_v)), lo, a)
-            begin, end = max(a, pos), min(a + self.block, pos + T)
-            t = torch.arange(begin, end, device=x.device)
-            memory, hit, store = self.retrieve(q[:, :, begin - pos:end - pos], store, t)
+            t = torch.arange(q_n.size(2), device=x.device) + max(a, pos)
+            memory, hit, store = self.retrieve(q_n, store, t)
             found.append(memory)
             any_found.append(hit)
         gate = torch.sigmoid(self.gate)[:, None, None] * torch.cat(any_found, 2)        # 0 where nothing was found
