@@ -11,6 +11,7 @@ Reading order: the runner's decorator, memories, the law, model, data, train, an
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -32,8 +33,10 @@ import traceback
 import unittest
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one process a core
 
@@ -45,6 +48,7 @@ from torch import nn
 
 import analyze
 import data
+import eval as measuring
 import memories
 import model
 import train
@@ -2013,6 +2017,448 @@ def test_bpb_by_position_recombines_to_the_total():
     assert by["bucket"] == 64 and by["positions"] == [0, 64] and len(by["nats"]) == len(by["bytes"]) == len(by["bpb"]) == 2
     assert sum(by["nats"]) / (math.log(2) * sum(by["bytes"])) == r["val_bpb"] and sum(by["bytes"]) == size
     assert math.isclose(by["bpb"][1], by["nats"][1] / math.log(2) / by["bytes"][1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eval.py: what is measured on a checkpoint
+
+L = 32
+SHAPE = ["--dataset=text.txt", "--n_layer=2", "--n_embd=16", "--n_head=2", "--ttt_chunk=8", "--knn_capacity=24", "--rmt_tokens=3",
+         "--knn_topk=4", "--persistent_slots=3", "--mosaic_slots=8", f"--max_seq_len={L}", "--batch_size=4", "--eval_tokens=1024",
+         "--sample_tokens=0", "--steps=3", "--warmup=1", "--device=cpu", "--compile=false", "--lr=0.01"]
+
+
+@functools.lru_cache(None)
+def lab():
+    """A folder with a text and a short run of every memory in out/<memory>, made once a process."""
+    folder = tempfile.TemporaryDirectory()
+    source = Path(model.__file__).read_text()
+    documents = (source[i:i + 15 + i % 70] for i in range(0, 40_000, 50))
+    Path(folder.name, "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    Path(folder.name, "other.txt").write_text("the cow jumps over the moon, and so on and on. " * 300)
+    with inside(folder.name), contextlib.redirect_stdout(io.StringIO()):
+        for memory in MEMORIES:
+            assert train.main([*SHAPE, f"--memory={memory}", f"--name={memory}"]) == 0
+    return folder
+
+
+@contextlib.contextmanager
+def inside(folder=None):
+    old = os.getcwd()
+    os.chdir(folder or lab().name)  # data's cache goes to out/data below it
+    try:
+        yield
+    finally:
+        os.chdir(old)
+
+
+def measure(*argv):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = measuring.main(list(argv))
+    return status, out.getvalue(), err.getvalue()
+
+
+def measured(run, task, *flags):
+    """The task's JSON, made now"""
+    path = Path("out", run, f"eval_{task}.json")
+    path.unlink(missing_ok=True)
+    draw, measuring.picture = measuring.picture, lambda run, task, figure: sys.modules["matplotlib.pyplot"].close(figure)
+    try:                                                            # to draw takes longer than to measure
+        status, out, err = measure(f"out/{run}", f"--task={task}", *flags)
+    finally:
+        measuring.picture = draw
+    assert status == 0, err
+    return json.loads(path.read_text())
+
+
+def opened(run):
+    return measuring.open_runs([f"out/{run}"], measuring.Options())[0]
+
+
+def recombined(curve):
+    return sum(curve["nats"]) / (math.log(2) * sum(curve["bytes"]))
+
+
+def nats_at_once(net, x, y):
+    return F.cross_entropy(net(x).double().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+
+def stub(stream, rows=4, **settings):
+    """A Run whose model is a function"""
+    cfg = SimpleNamespace(device="cpu", dtype="float32", max_seq_len=L, batch_size=rows, device_batch_size=0, **settings)
+    return measuring.Run(Path("."), "stub", SimpleNamespace(stream=stream), cfg)
+
+
+# ---------------------------------------------------------------- bpb, position, extend, ood
+
+def test_eval_position_recombines_and_is_the_training_number():
+    """Every memory, read in pieces of 7 tokens: buckets recombine to 1e-6, to what whole rows give, on the same tokens."""
+    with inside():
+        hashes = set()
+        for memory in MEMORIES:
+            at_once, pieces = measured(memory, "bpb"), measured(memory, "position", "--piece=7", "--bucket=10")
+            trained = json.loads(Path("out", memory, "result.json").read_text())
+            assert abs(at_once["val_bpb"] - trained["val_bpb"]) < 1e-6
+            for name in ("bpb_by_position", "bpb_by_document_position"):
+                assert abs(recombined(pieces[name]) - at_once["val_bpb"]) < 1e-6, (memory, name)
+            assert pieces["bpb_by_position"]["positions"] == [0, 10, 20, 30] and abs(pieces["val_bpb"] - at_once["val_bpb"]) < 1e-6
+            hashes |= {at_once["tokens_sha256"], pieces["tokens_sha256"]}
+        assert len(hashes) == 1
+        assert measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
+
+
+def test_eval_position_by_hand():
+    """Each bucket by a plain loop over targets; ends of text don't count; a document starts again at 0."""
+    with inside():
+        run, r = opened("none"), measured("none", "position", "--bucket=4")
+        corpus, sums = run.corpus(), {key: {} for key in measuring.CURVES}
+        digest = hashlib.sha256()
+        for x, y, _ in corpus.eval_batches(L, 3, 1024):
+            nats = nats_at_once(run.model, x, y)
+            for row, targets, losses in zip(x.tolist(), y.tolist(), nats.tolist()):
+                digest.update(torch.tensor(row + targets[-1:], dtype=torch.int32).numpy().tobytes())
+                start = 0
+                for t in range(L):
+                    start = t if row[t] == corpus.eos else start
+                    if targets[t] != corpus.eos:
+                        for key, p in (("row", t), ("document", t - start)):
+                            n, b = sums[key].get(p // 4, (0, 0))
+                            sums[key][p // 4] = n + losses[t], b + 1
+        assert max(sums["row"]) == 7 and sums["document"][0][1] > sums["row"][0][1]
+        for key, name in measuring.CURVES.items():
+            for i, (n, b) in enumerate(zip(r[name]["nats"], r[name]["bytes"])):
+                expected = sums[key].get(i, (0, 0))
+                assert b == expected[1] and abs(n - expected[0]) < 1e-3, (key, i, n, b, expected)
+                assert (r[name]["bpb"][i] is None) if b == 0 else abs(r[name]["bpb"][i] * b * math.log(2) - n) < 1e-6
+        assert r["tokens_sha256"] == digest.hexdigest()
+
+
+def test_eval_extend_is_one_forward():
+    """Reading 4 training lengths through the state, in pieces, is what one pass over them gives, for every memory."""
+    with inside():
+        for memory in MEMORIES:
+            r, run = measured(memory, "extend", "--factor=4", "--rows=2", "--piece=24"), opened(memory)
+            ((x, y, _),) = run.corpus().eval_batches(4 * L, 2, 8 * L)
+            with torch.no_grad():
+                nats = nats_at_once(run.model, x, y) * (y < 256)
+            assert [(s["start"], s["end"]) for s in r["spans"]] == [(0, 32), (32, 64), (64, 128)] and r["reached"] == 4 * L
+            for s in r["spans"]:
+                a, b = s["start"], s["end"]
+                expected = nats[:, a:b].sum() / (math.log(2) * (y[:, a:b] < 256).sum())
+                assert abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
+        text = measure("out/none", "--task=extend", "--factor=1000", "--rows=1")[1]
+        assert "note: " in text and "1000" in text                 # too little validation text: shorter rows, and said so
+
+
+def test_eval_learned_positions_are_a_limit():
+    with inside(), contextlib.redirect_stdout(io.StringIO()):
+        assert train.main([*SHAPE, "--memory=none", "--name=learned", "--pos=learned"]) == 0
+        extend, attention = measured("learned", "extend", "--factor=4"), measured("learned", "attention", "--sequences=4")
+        assert extend["reached"] == L and "learned positions" in extend["limit"]
+        assert extend["spans"][0]["bpb"] > 0 and extend["spans"][1]["bpb"] is None
+        assert {f["length"] for f in attention["layers"]} == {L} and list(attention["limits"]) == [str(3 * L)]
+        cells = measured("learned", "niah", "--lengths=32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
+        assert "limit" not in cells[0] and "learned positions" in cells[1]["limit"]
+        speed = measured("learned", "speed", "--context=128")["models"]["none"]
+        assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
+        text = measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]
+        assert len(text) <= L
+
+
+def test_eval_out_of_memory_is_a_limit():
+    """The allocators' errors and only those; rows are halved first; what was read stays measured."""
+    uniform = lambda x, state=None: (torch.zeros(*x.shape, 257), (state or 0) + x.size(1))
+
+    def short_of_rows(x, state=None):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return uniform(x, state)
+
+    def short_of_tokens(x, state=None):
+        if (state or 0) + x.size(1) > 2 * L:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried")
+        return uniform(x, state)
+
+    with inside():
+        corpus = data.load("text.txt", "byte", quiet=True)
+        for stream, reached in ((uniform, 4 * L), (short_of_rows, 4 * L), (short_of_tokens, 2 * L)):
+            r, sums = measuring.measure(stub(stream, 16), corpus, 4 * L, 12 * L, 64, 0)
+            assert r["reached"] == reached and r["limit"] == (None if reached == 4 * L else "out of memory")
+            assert abs(r["val_loss"] - math.log(257)) < 1e-6 and (sums[0][2] > 0).sum() == reached
+    for other in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("x")):
+        try:
+            measuring.limit(other)
+        except type(other) as e:
+            assert e is other
+        else:
+            raise AssertionError(f"{other!r} passed for a limit")
+    assert measuring.limit(MemoryError()) == "out of memory"
+    if sys.platform == "linux":
+        with measuring.memory_ceiling(torch.device("cpu")):
+            try:
+                [torch.empty(2 ** 30, dtype=torch.uint8) for _ in range(4096)]
+            except measuring.FAILURES as e:
+                assert measuring.limit(e) == "out of memory"
+            else:
+                raise AssertionError("4 TiB fitted into memory")
+        torch.ones(2 ** 20)
+
+
+def test_eval_ood_is_another_corpus_in_the_models_tokens():
+    with inside():
+        own, r = measured("mosaic", "position"), measured("mosaic", "ood", "--dataset=other.txt", "--length=64", "--tokens=640")
+        corpus, digest = data.load("other.txt", "byte", quiet=True), hashlib.sha256()
+        for x, y, _ in corpus.eval_batches(64, 1, 640):
+            digest.update(torch.cat([x, y[:, -1:]], 1).int().numpy().tobytes())
+        assert r["ood_sha256"] == corpus.sha256 != r["data_sha256"] and r["ood_dataset"] == "other.txt"
+        assert r["tokens_sha256"] == digest.hexdigest() != own["tokens_sha256"]
+        assert r["bpb_by_position"]["positions"] == [0, 16, 32, 48] and abs(recombined(r["bpb_by_position"]) - r["val_bpb"]) < 1e-6
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert train.main([*SHAPE, "--memory=none", "--name=words", "--tokenizer=bpe:300"]) == 0
+            run = opened("words")
+            r = measured("words", "ood", "--dataset=other.txt")
+        words = data.load("other.txt", "bpe:300@text.txt", quiet=True)
+        assert r["ood_sha256"] == words.sha256 and words.encoding._mergeable_ranks == run.corpus().encoding._mergeable_ranks
+        status, _, err = measure("out/mosaic", "--task=ood", "--dataset=nowhere.txt")
+        assert status == 2 and "nowhere.txt" in err
+
+
+# ---------------------------------------------------------------- niah
+
+def copier(x, state=None):
+    """Predicts what followed the last earlier occurrence of the last four tokens: perfect on a needle."""
+    seen = x if state is None else torch.cat([state, x], 1)
+    logits = torch.zeros(*x.shape, 257)
+    for row in range(len(x)):
+        text = seen[row].tolist()
+        for j in range(x.size(1)):
+            t = len(text) - x.size(1) + j
+            for i in range(t - 1, 2, -1):
+                if text[i - 3:i + 1] == text[t - 3:t + 1]:
+                    logits[row, j, text[i + 1]] = 9.0
+                    break
+    return logits, seen
+
+
+def test_eval_niah_scoring():
+    """A model that copies finds every key; one that only has a taste for some digits has a margin of exactly 0."""
+    taste = torch.linspace(-3, 3, 257)
+    biased = lambda x, state=None: (taste.expand(*x.shape, 257), x)
+    opts = measuring.Options(pairs=2, needle="\n@The key is {key}.\n")
+    with inside():
+        corpus = data.load("text.txt", "byte", quiet=True)
+        for length in (80, 160):
+            for depth in (0, 0.5, 1):
+                found, guess = (measuring.niah_cell(stub(s), corpus, length, depth, opts) for s in (copier, biased))
+                assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
+                assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 and guess["margin_error"] < 1e-4
+                assert guess["log_p_key"] < -20
+        wrong = lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state))
+        cell = measuring.niah_cell(stub(wrong), corpus, 80, 0.5, opts)
+        assert cell["exact"] == 0 and cell["margin"] < -20
+
+
+def test_eval_niah_prompt():
+    """The needle stands at its depth and nowhere else, the question at the end, and the answer fits the length."""
+    with inside():
+        corpus = data.load("text.txt", "byte", quiet=True)
+        (hay, *_), = corpus.eval_batches(100, 1, 100)
+        for tokenizer in ("byte", "bpe:300"):
+            encoding = data.load("text.txt", tokenizer, quiet=True).encoding
+            before, after, keys = measuring.draw_keys(encoding, "Key is {key}!", 4, 1)
+            texts = [encoding.decode(k) for k in keys.tolist()]
+            assert len(set(texts)) == 8 and all(t[0] == " " and t[1:].isdigit() and len(t) == 7 for t in texts)
+            assert encoding.decode(before) == "Key is" and encoding.decode(after) == "!"
+            assert not torch.equal(keys, measuring.draw_keys(encoding, "Key is {key}!", 4, 2)[2])
+        before, after, keys = measuring.draw_keys(corpus.encoding, "Key is {key}!", 1, 1)
+        key = corpus.encoding.decode(keys[0].tolist())
+        places = []
+        for depth in (0, 0.5, 1):
+            prompt = measuring.hide(hay[0], depth, before, after, keys[0])
+            text = "".join(map(chr, prompt[1:].tolist()))           # chr(256) is an end of text
+            assert len(prompt) + len(keys[0]) == 100 and prompt[0] == corpus.eos and text.endswith("Key is")
+            assert text.count("Key is" + key + "!") == 1 and text.count("Key is") == 2
+            assert text.replace("Key is" + key + "!", "", 1)[:-6] == "".join(map(chr, hay[0, 1:100 - 14 - 6 - 7].tolist()))
+            places.append(text.index("Key is" + key))
+        assert places[0] == 0 and places[2] == len(text) - 6 - 14 and abs(places[1] - places[2] / 2) <= 1
+
+
+# ---------------------------------------------------------------- attention
+
+def explicit(layer, T, rmt, x, window):
+    """(H,keys) attention of the last of the rows x (B,T,C) that this layer is given, with T×T scores and masks"""
+    if isinstance(layer, model.ContextualMemory):
+        k, _ = layer.key(x, None)
+        return (k @ k.mT).masked_fill(torch.ones(x.size(1), x.size(1)).triu().bool(), -1e30).softmax(-1)[:, :, -1]
+    q, k, _ = layer.project(x, None)
+    t, n = torch.arange(x.size(1)), x.size(1)
+    if layer.theta:
+        q, k = model.rotary(q, t, layer.theta), model.rotary(k, t, layer.theta)
+    k = k.repeat_interleave(layer.H // layer.Hkv, 1)
+    score = q @ k.mT / layer.D ** 0.5
+    near = t[:, None] - t
+    free = t < layer.n_free
+    if layer.slopes is not None:
+        score = score - layer.slopes[:, None, None] * torch.where(free, 0, near)
+    score = score.masked_fill((near < 0) | ((near >= (window or n)) & ~free), -math.inf)
+    if isinstance(layer, model.PersistentAttention):
+        slots = F.rms_norm(layer.slot_k.view(layer.M, -1, layer.D), (layer.D,)).transpose(0, 1)
+        score = torch.cat([q @ slots.repeat_interleave(layer.H // layer.Hkv, 0).mT / layer.D ** 0.5, score], -1)
+    return score.softmax(-1)[:, :, -1]
+
+
+def test_eval_attention_is_the_softmax():
+    """Every layer's profile against a T×T softmax on what a pass over the whole sequence gives that layer."""
+    cases = [dict(memory="none"), dict(memory="none", pos="alibi", n_kv_head=1), dict(memory="none", sink_tokens=3, n_kv_head=2),
+             dict(memory="persistent"), dict(memory="persistent", window="L", pos="none", n_kv_head=1), dict(memory="mosaic"),
+             dict(memory="rmt", rmt_tokens=3), dict(memory="knn", knn_capacity=24)]
+    for case in cases:
+        torch.manual_seed(0)
+        net = GPT(model.Config(**{"n_layer": 3, "n_head": 4, "n_embd": 32, "max_seq_len": L, "persistent_slots": 3} | case)).eval().double()
+        for p in net.parameters():
+            p.data.normal_(0, 0.3)
+        run = stub(None, memory=case["memory"])._replace(model=net)
+        for T in (L, 3 * L):
+            x, seen, rmt = torch.randint(257, (3, T)), {}, case["memory"] == "rmt"
+            with torch.no_grad():
+                out = measuring.attention_at(run, x, 13)
+                mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
+                hooks = [m.register_forward_hook(lambda m, a, o, i=i: seen.update({i: a[0]})) for i, m in enumerate(mixers)]
+                net(x)                                              # rmt's last call is its last segment, at once
+                [h.remove() for h in hooks]
+            assert len(out) == 3, case
+            for i, (memory, profile) in out.items():
+                w = explicit(mixers[i], T, rmt, seen[i], getattr(mixers[i], "window", None)).sum(0).double()
+                m = 3 if case["memory"] in ("persistent", "rmt") else 0
+                expected = torch.zeros(4, T, dtype=torch.float64)
+                expected[:, T - (w.size(1) - m):] = w[:, m:]
+                assert (profile - expected).abs().max() < 1e-5 and (memory - w[:, :m].sum(1)).abs().max() < 1e-5, (case, i, T)
+                assert (memory + profile.sum(1) - 3).abs().max() < 1e-5, (case, i, T)
+                assert m == 0 or memory.min() > 1e-4
+
+
+def test_eval_attention_files():
+    """The averages over sequences, λ of the mosaic, and memories without attention."""
+    with inside():
+        r, run = measured("mosaic", "attention", "--sequences=6"), opened("mosaic")
+        assert [(f["layer"], f["length"], f["sequences"]) for f in r["layers"]] == [(0, L, 6), (1, L, 6), (0, 3 * L, 6), (1, 3 * L, 6)]
+        x = torch.cat([x for x, *_ in run.corpus().eval_batches(L, 6, 6 * L)])
+        expected = measuring.attention_at(run, x, 0)[1][1] / 6
+        assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
+        leak = run.model.body.blocks[1].mixer.key.leak
+        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
+        assert measured("deltanet", "attention")["layers"] == [] and "no layer" in measure("out/ttt", "--task=attention")[1]
+        assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
+
+
+# ---------------------------------------------------------------- generate, speed
+
+def test_eval_generate():
+    with inside():
+        flags = ("--new_tokens=12", "--prompt=def f(x, y):", "--prompt=import")
+        for memory in ("none", "rmt", "ttt"):
+            first = measured(memory, "generate", *flags)
+            assert first["texts"] == measured(memory, "generate", *flags)["texts"], memory
+            assert [t["prompt"] for t in first["texts"]] == ["def f(x, y):", "import"]
+            run, idx = opened(memory), [256, *b"import"]
+            for _ in range(12):                                     # greedy, from scratch at each token
+                with torch.no_grad():
+                    idx.append(run.model(torch.tensor([idx]))[0, -1].argmax().item())
+            tail = idx[7:idx.index(256, 1)] if 256 in idx[1:] else idx[7:]
+            assert first["texts"][1]["text"] == bytes(tail).decode(errors="replace"), memory
+            warm = [measured(memory, "generate", *flags, "--temperature=1", f"--seed={s}")["texts"] for s in (1, 1, 2)]
+            assert warm[0] == warm[1] != warm[2]
+            alone = measured(memory, "generate", "--new_tokens=12", "--prompt=import", "--temperature=1")["texts"]
+            assert alone[0] == warm[0][1]                           # a prompt's answer doesn't depend on the others
+        assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
+        out = measure("out/none", "out/mosaic", "--task=generate", "--new_tokens=2")[1]
+        assert out.count("  none: ") == out.count("  mosaic: ") == 24
+
+
+def test_eval_speed_reports_the_state():
+    """State bytes are those of the tensors, for every memory; lengths double; the bounded memories stay as they are."""
+    with inside():
+        models = measured("none", "speed", "--memory=all", "--context=300", "--decode=2", "--piece=20")["models"]
+        config = opened("none").model.config
+        assert list(models) == ["none"] + [f"{m} (untrained)" for m in MEMORIES if m != "none"]
+        for name, r in models.items():
+            assert [p["context"] for p in r["points"]] == [32, 64, 128, 256] and r["limit"] is None and r["reached"] == 256
+            net = GPT(replace(config, memory=name.split()[0]))
+            for p in r["points"]:
+                with torch.no_grad():
+                    _, state = net.stream(torch.zeros(1, p["context"], dtype=torch.int64))
+                assert p["state_bytes"] == state_bytes(state), (name, p)
+                assert p["prefill_tokens_per_second"] > 0 and p["ms_per_token"] > 0 and p["peak_rss_mib"] >= 0
+            sizes = [p["state_bytes"] for p in r["points"]]
+            assert (sizes[-1] == sizes[-2]) == (name.split()[0] in ("rmt", "ttt", "deltanet", "knn")), (name, sizes)
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_eval_all_tasks_of_two_runs():
+    """Every task with its files and pictures; what was there is replaced whole."""
+    with inside():
+        Path("out/rmt/eval_bpb.json").write_text("old")
+        status, out, err = measure("out/rmt", "out/ttt", "--dataset=other.txt", "--factor=2", "--rows=2", "--pairs=2", "--depths=0,1",
+                                "--lengths=80", "--sequences=2", "--context=64", "--decode=1", "--new_tokens=1")
+        assert status == 0 and not err, err
+        for task in measuring.TASKS:
+            for memory in ("rmt", "ttt"):
+                r = json.loads(Path("out", memory, f"eval_{task}.json").read_text())
+                assert (r["task"], r["memory"], r["name"]) == (task, memory, memory) and len(r["data_sha256"]) == 64
+        for task in ("position", "extend", "niah", "ood", "attention", "speed"):
+            assert Path("out/rmt", f"eval_{task}.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(Path("out").rglob("*.tmp"))
+        assert "note: these runs" not in out
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert train.main([*SHAPE, "--memory=none", "--name=short", "--max_seq_len=16"]) == 0
+        assert "note: these runs were measured on different tokens" in measure("out/short", "out/none", "--task=bpb")[1]
+
+
+def test_eval_labels_tell_runs_apart():
+    with inside(), contextlib.redirect_stdout(io.StringIO()):
+        train.main([*SHAPE, "--memory=none", "--name=global", "--window=L"])
+        train.main([*SHAPE, "--memory=none", "--name=second", "--seed=2"])
+        labels = lambda *names: [r.label for r in measuring.open_runs([f"out/{n}" for n in names], measuring.Options())]
+        assert labels("none", "rmt") == ["none", "rmt"] and labels("none", "global") == ["none SSSL", "none L"]
+        assert labels("none", "second") == ["none SSSL s1", "none SSSL s2"] and labels("none", "none") == ["none", "none"]
+
+
+def test_eval_bad_input():
+    cases = [
+        (("out/nome",), "there is no out/nome", "out/none"), (("out",), "no checkpoint"), ((), "no run was given"),
+        (("out/none", "--task=nia"), "no task 'nia'", "did you mean niah?"), (("out/none", "--task=bpb,,"), "no task ''"),
+        (("out/none", "--tusk=bpb"), "unknown argument --tusk=bpb", "--task"), (("out/none", "--pairs=many"), "--pairs=many", "whole number"),
+        (("out/none", "--pairs=1"), "--pairs=1", "from 2"), (("out/none", "--temperature=nan"), "--temperature=nan"),
+        (("out/none", "--task=niah", "--depths=0,2"), "--depths=0,2", "from 0 to 1"), (("out/none", "--task=niah", "--lengths=8"), "8 tokens"),
+        (("out/none", "--task=niah", "--depths=a"), "--depths=a"), (("out/none", "--task=niah", "--needle=key"), "{key}"),
+        (("out/none", "--task=speed", "--memory=delta"), "--memory=delta", "deltanet"), (("out/none", "--device=tpu"), "--device=tpu"),
+        (("out/none", "--task=position", "--length=100000"), "max_seq_len"), (("out/none", "--task"), "expected one argument"),
+        (("out/changed", "--task=bpb"), "it is other data"), (("out/none/nothing",), "there is no out/none/nothing"),
+    ]
+    with inside():
+        if not Path("out/changed").exists():
+            found = torch.load("out/none/ckpt.pt", weights_only=True)
+            found["config"]["data_sha256"] = "0" * 64
+            Path("out/changed").mkdir()
+            torch.save(found, "out/changed/ckpt.pt")
+        for argv, *parts in cases:
+            status, out, err = measure(*argv)
+            assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (argv, err)
+            assert all(part in err for part in parts), (argv, err)
+        Path("out/none/eval_bpb.json").unlink(missing_ok=True)
+        Path("out/none/eval_bpb.json").mkdir()                      # can't be written
+        status, out, err = measure("out/none", "--task=bpb")
+        Path("out/none/eval_bpb.json").rmdir()
+        assert status == 2 and err.count("\n") == 1 and "cannot write" in err, err
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            measuring.main(["--help"])
+        except SystemExit as e:
+            assert e.code == 0
+    assert all(f"--{name}" in text.getvalue() for name in measuring.Options.__dataclass_fields__) and "margin" not in text.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
