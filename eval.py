@@ -493,7 +493,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     averaged. So a model that remembers nothing has a margin of 0, whichever number it prefers."""
     before, after, keys = draw_keys(corpus.encoding, opts.needle, opts.pairs, opts.seed)
     if length < 2 * (len(before) + keys.size(1)) + len(after) + 1:
-        raise UserError(f"--lengths: {length} tokens don't hold the needle and the question; give longer ones")
+        return dict(length=length, depth=depth, limit="needle does not fit")
     if not has_rows(corpus, length):
         return dict(length=length, depth=depth, limit="too little validation text")
     wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
