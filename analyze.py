@@ -109,6 +109,8 @@ def read_curve(d: dict) -> tuple[dict, list, float]:
 
 def read_run(path: Path) -> Run | None:
     """One file -> Run; None for a JSON file that is something else; ValueError for one that is broken or partial."""
+    if path.name.startswith("eval_"):                                 # eval.py's, about a run that has its own result.json
+        return None
     d = json.loads(path.read_text(encoding="utf-8"))
     if not (isinstance(d, dict) and d.keys() & {"memory", "mechanism", "val_bpb"}):
         if path.name != "result.json":

@@ -2728,12 +2728,13 @@ def test_broken_files_are_named_skipped_and_counted():
             if name == "binary":
                 path.write_bytes(b"\xff\xfe\x00{")
         write(d, "other.json", {"hello": 1})                             # JSON of another kind is no error
+        write(d, "a/1/eval_bpb.json", result(seed=9))                    # nor what eval.py measured on a run already read
         status, out, err = cli(d, f"--out={d}/report")
         text = (Path(d) / "report" / "REPORT.md").read_text()
         assert status == 1 and f"{len(bad)} files skipped" in out, (status, out, err)
         for name in bad:
             assert f"bad/{name}/result.json: " in err and f"bad/{name}/result.json: " in text, name
-        assert "3 runs in 1 conditions; 12 files skipped" in text and "1 other JSON files ignored" in text
+        assert "3 runs in 1 conditions; 12 files skipped" in text and "2 other JSON files ignored" in text
         assert cli(f"{d}/a", f"--out={d}/report")[0] == 0
 
 
