@@ -94,7 +94,7 @@ class Config:
             if choices and value not in choices:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}")
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "ttt_chunk", "conv_width", "expand_v",
-                     "knn_capacity", "knn_topk", "n_kv_head"):
+                     "knn_capacity", "knn_topk", "n_kv_head", "rope_theta"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was given, expected at least 1")
         for name in ("short_window", "sink_tokens", "persistent_slots", "rmt_tokens", "rmt_segment", "rmt_bptt",
@@ -123,8 +123,8 @@ class Config:
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that attention layer `layer` sees, itself included; None for all of the past."""
-        last = layer == self.n_layer - 1
-        return self.local_window if self.window[layer % len(self.window)] == "S" and not last else None
+        short = self.window[layer % len(self.window)] == "S" and layer < self.n_layer - 1
+        return self.local_window if short else None
 
     def carries_memory(self, layer: int) -> bool:
         if self.memory_layers == "all":
@@ -144,8 +144,7 @@ class Config:
 
     def value_embed_slot(self, layer: int) -> int | None:
         """Alternating layers have value embeddings, the last one included."""
-        has = self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
-        return layer // 2 if has else None
+        return layer // 2 if self.value_embeds and layer % 2 == (self.n_layer - 1) % 2 else None
 
 
 PRESETS = {
@@ -186,8 +185,7 @@ def extend(seen: Tensor | None, new: Tensor) -> Tensor:
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """RoPE (Su et al. 2021): the pair (x_i, x_{i+D/2}) turns by positions · theta^(-2i/D). x (B,H,T,D), positions (T,)"""
-    D = x.size(-1)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    D, dtype = x.size(-1), torch.promote_types(x.dtype, torch.float32)
     freq = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
     angle = positions.to(dtype)[:, None] * freq                 # (T,D/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -353,8 +351,8 @@ class PersistentAttention(Attention):
         slot_k, slot_v = slots.to(k.dtype).unbind()
         if self.qk_norm:
             slot_k = F.rms_norm(slot_k, (self.D,))
-        expand = lambda slot: slot.expand(k.size(0), -1, -1, -1)
-        return torch.cat([expand(slot_k), k], 2), torch.cat([expand(slot_v), v], 2), self.M + self.n_free
+        slot_k, slot_v = (slot.expand(k.size(0), -1, -1, -1) for slot in (slot_k, slot_v))
+        return torch.cat([slot_k, k], 2), torch.cat([slot_v, v], 2), self.M + self.n_free
 
     def flops(self, T):
         return super().flops(T) + 4 * self.M * self.H * self.D
@@ -488,8 +486,8 @@ class TTT(nn.Module):
         q, k, v = (split_heads(f(x), D) for f in (self.q, self.k, self.v))
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
-        pos = 0 if state is None else int(state.pos)
-        positions = torch.arange(pos, pos + T, device=x.device) % self.K
+        p = 0 if state is None else int(state.pos)
+        positions = torch.arange(p, p + T, device=x.device) % self.K
         q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
         lr = torch.sigmoid(self.lr(x).to(torch.promote_types(x.dtype, torch.float32))) / D          # η (B,T,H), base_lr 1
         i = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
@@ -698,8 +696,8 @@ class Stack(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         memory = MEMORIES[config.memory]
-        fill = lambda i: (memory.mixer, memory.feedforward) if config.carries_memory(i) else (Attention, MLP)
-        self.blocks = nn.ModuleList(Block(config, i, *fill(i)) for i in range(config.n_layer))
+        fill = [memory[:2] if config.carries_memory(i) else (Attention, MLP) for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, i, *classes) for i, classes in enumerate(fill))
         self.slots = [config.value_embed_slot(i) for i in range(config.n_layer)]
         self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.embed_norm = Norm(config) if config.norm == "rms" else nn.Identity()
@@ -787,7 +785,7 @@ class RMT(nn.Module):
     def run(self, piece, ve, memory, segment, close):
         """The stack over [memory if the segment begins here; piece; memory if it ends here] -> outputs at the piece, the
         memory (rewritten if it ends), the stack's state."""
-        before, after = (self.M if segment is None else 0), (self.M if close else 0)
+        before, after = self.M * (segment is None), self.M * close
         if segment is not None and piece.size(1) + after == 0:  # a complete segment of a model without memory
             return piece, memory, segment
         x = torch.cat([memory[:, :before], piece, memory[:, :after]], 1)
@@ -835,8 +833,8 @@ class GPT(nn.Module):
         self.config = config
         V, C = config.vocab_size, config.n_embd
         self.wte = nn.Embedding(V, C)
-        self.n_value_embeds = sum(config.value_embed_slot(i) is not None for i in range(config.n_layer))
-        self.value_embeds = nn.Embedding(V, self.n_value_embeds * config.n_kv_head * config.head_dim) if self.n_value_embeds else None
+        self.n_ve = sum(config.value_embed_slot(i) is not None for i in range(config.n_layer))
+        self.value_embeds = nn.Embedding(V, self.n_ve * config.n_kv_head * config.head_dim) if self.n_ve else None
         self.body = MEMORIES[config.memory].stack(config)
         self.lm_head = nn.Linear(C, V, bias=False)
         self.init_weights()
@@ -865,7 +863,7 @@ class GPT(nn.Module):
     def stream(self, idx: Tensor, state=None) -> tuple[Tensor, tuple]:
         """idx (B,T) int64 continues the sequence that `state` remembers -> logits (B,T,V), the new state."""
         x = self.wte(idx)                                       # (B,T,C)
-        ve = self.value_embeds(idx).unflatten(-1, (self.n_value_embeds, -1)) if self.value_embeds is not None else None
+        ve = self.value_embeds(idx).unflatten(-1, (self.n_ve, -1)) if self.n_ve else None
         x, state = self.body(x, state, ve)
         logits = self.lm_head(x)                                # (B,T,V)
         if self.config.softcap:

@@ -34,6 +34,7 @@ import unittest
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,7 @@ import data
 import eval as measuring
 import memories
 import model
+import toys
 import train
 from memories import gated_delta_rule, leaky_average, ttt_linear
 from model import GPT, MEMORIES, PRESETS, Config, state_bytes
@@ -274,9 +276,6 @@ def test_split_and_causality(variant, memory):
     assert error(torch.cat(steps, 1), full) < 1e-10, "token by token"
     for t in (1, 20, 50, T - 1):
         assert torch.equal(net(changed(idx, t))[:, :t], full[:, :t]) or error(net(changed(idx, t))[:, :t], full[:, :t]) < 1e-14, t
-
-
-REACH = [m for m in MEMORIES if m not in ("none", "persistent")]  # those two reach as far as their window, L here
 
 
 @each(memory=list(MEMORIES), layers=[1, 2])
@@ -2461,6 +2460,360 @@ def test_eval_bad_input():
         except SystemExit as e:
             assert e.code == 0
     assert all(f"--{name}" in text.getvalue() for name in measuring.Options.__dataclass_fields__) and "margin" not in text.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# toys.py: generators, metrics, training
+
+# ----------------------------------------------------------------------------------------------------------------------
+# toys.py
+
+
+def test_toys_every_string_is_accepted_by_its_automaton():
+    automata = toys.draw_automata(3, [40])[0]
+    for i, automaton in enumerate(automata):
+        assert 4 <= len(automaton) <= 12 and all(1 <= len(edges) <= 3 for edges in automaton)
+        assert len({a for edges in automaton for a in edges}) <= 18
+        tokens, states = toys.instance(random.Random(i), automaton, 10_000)
+        strings = [list(s) for sep, s in itertools.groupby(tokens, lambda a: a == toys.SEP) if not sep]
+        assert 10 <= len(strings) <= 19 and all(1 <= len(s) <= 49 for s in strings)
+        for string in strings:
+            q = 0
+            for a in string:
+                assert a in automaton[q], (string, automaton)
+                q = automaton[q][a]
+        assert toys.instance(random.Random(i), automaton, 100)[0] == tokens[:101]
+
+
+def test_toys_automata_edges_go_to_distinct_other_states():
+    """Checked on the raw draw: minimising may merge targets, never add edges."""
+    kept, toys.minimal = toys.minimal, lambda automaton: automaton
+    try:
+        for seed in range(60):
+            automaton = toys.draw_automaton(random.Random(seed))
+            assert 4 <= len(automaton) <= 12
+            for q, edges in enumerate(automaton):
+                assert 1 <= len(edges) <= 3 and q not in edges.values() and len(set(edges.values())) == len(edges)
+    finally:
+        toys.minimal = kept
+
+
+def language(automaton, n):
+    """Every string of n symbols and its probability."""
+    strings = {(): (0, Fraction(1))}
+    for _ in range(n):
+        strings = {s + (a,): (p, w / len(automaton[q])) for s, (q, w) in strings.items() for a, p in automaton[q].items()}
+    return {s: w for s, (_, w) in strings.items()}
+
+
+def test_toys_minimal_keeps_the_language_and_is_canonical():
+    for seed in range(30):
+        rng = random.Random(seed)
+        raw = []
+        for q in range(6):
+            k = rng.randint(1, 2)
+            raw.append(dict(zip(rng.sample(range(3), k), rng.sample([p for p in range(6) if p != q], k))))
+        small = toys.minimal(tuple(raw))
+        assert language(raw, 6) == language(small, 6) and len(small) <= 6
+        order = [0, *rng.sample(range(1, 6), 5)]  # other names for the states, the start kept, and a useless copy of state 3
+        named = [None] * 6
+        for q, edges in enumerate(raw):
+            named[order[q]] = {a: order[p] for a, p in edges.items()}
+        named.append(dict(named[3]))
+        assert toys.minimal(tuple(named)) == small
+    # States 1 and 2 do the same: three states suffice, and a fourth cannot be reached.
+    assert toys.minimal(({0: 1, 1: 2}, {5: 3}, {5: 3}, {7: 0}, {9: 0})) == ({0: 1, 1: 1}, {5: 2}, {7: 0})
+
+
+def test_toys_splits_share_no_language():
+    parts = toys.draw_automata(0, [60, 60, 300])
+    keys = [repr(toys.minimal(a)) for part in parts for a in part]
+    assert [len(p) for p in parts] == [60, 60, 300] and len(set(keys)) == len(keys)
+    assert toys.draw_automata(0, [60, 60, 20])[0] == parts[0]  # the test set does not depend on the training set
+    assert toys.draw_automata(0, [60, 60, 20])[2] == parts[2][:20]
+    # Real draws hardly ever meet twice; here there are only 12 languages, each under many names.
+    kept, toys.draw_automaton = toys.draw_automaton, lambda rng: toys.minimal(({rng.randrange(12): 1}, {1: 0}, {2: 1}))
+    try:
+        languages = [repr(a) for part in toys.draw_automata(0, [4, 4, 4]) for a in part]
+    finally:
+        toys.draw_automaton = kept
+    assert len(set(languages)) == 12
+
+
+def test_toys_truth_sums_to_one_and_equals_enumeration():
+    automaton = toys.draw_automata(5, [1])[0][0]
+    data = toys.Instances([automaton], 1, 200)
+    truth, y, x = data.truth(0), data.y[0], data.x[0].tolist()
+    asked = (y >= 0).nonzero()[:, 0].tolist()
+    assert torch.allclose(truth[asked].sum(1), torch.ones(len(asked)))
+    for t in asked[:60]:
+        string = x[:t + 1]
+        string = string[len(string) - string[::-1].index(toys.SEP):] if toys.SEP in string else string
+        if len(string) > 5:
+            continue
+        whole, longer = language(automaton, len(string)), language(automaton, len(string) + 1)
+        for a in range(20):
+            p = longer.get((*string, a), 0) / whole[tuple(string)]
+            assert abs(truth[t, a].item() - float(p)) < 1e-6
+
+
+def test_toys_metrics_on_a_case_worked_by_hand():
+    # Two symbols asked (targets 0 and 1), a separator between them. Truth: {0: ½, 2: ½} and {1: 1}.
+    truth, probs = torch.zeros(3, 20), torch.zeros(3, 20)
+    truth[0, [0, 2]], truth[2, 1] = 0.5, 1.0
+    probs[0, 2], probs[0, 3] = 0.75, 0.25         # legal; TVD ½(½ + ¼ + ¼) = ½
+    probs[1, 5] = 1.0                             # not asked
+    probs[2, 0], probs[2, 1] = 0.75, 0.25         # illegal; TVD ¾
+    s = toys.score(probs, truth, torch.tensor([0, -1, 1]))
+    assert s == dict(count=2, accuracy=1, tvd=1.25, accuracy_last=0.0, tvd_last=0.75)
+    other = dict(count=1, accuracy=1, tvd=0.1, accuracy_last=1.0, tvd_last=0.1)
+    assert toys.total([s, other]) == dict(accuracy=2 / 3, tvd=1.35 / 3, accuracy_last=0.5, tvd_last=(0.75 + 0.1) / 2)
+
+
+def test_toys_ngram_on_a_tiny_sequence():
+    x = torch.tensor([0, 1, 0, 2, 0, toys.SEP, 0, 1, 3])
+    zero, one, two, three = (toys.ngram(x, n) for n in range(4))
+    pick = lambda p, t: {a: round(v, 4) for a, v in enumerate(p[t].tolist()) if v}
+    assert pick(zero, 3) == {a: round(1 / 18, 4) for a in range(18)}
+    assert pick(one, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
+    assert pick(two, 2) == {1: 1.0}               # 0 was followed by 1
+    assert pick(two, 4) == {1: 0.5, 2: 0.5}
+    assert pick(two, 3) == {0: 0.5, 1: 0.25, 2: 0.25}  # after 2, new: backs off to single symbols
+    assert pick(two, 5) == {0: 1.0}               # a string started with 0 before
+    assert pick(three, 6) == {1: 1.0}             # a second string begins with 0: the first went on with 1
+    assert pick(two, 6) == {1: 0.5, 2: 0.5}       # and the 0 before a separator has no follower
+    assert pick(three, 7) == {0: 1.0}
+    for p in (one, two, three):
+        assert torch.allclose(p.sum(1), torch.ones(9))
+        cut = toys.ngram(x[:5], 3)
+        assert torch.equal(cut, three[:5])        # only the past is used
+
+
+def test_toys_brackets_are_balanced_and_asked_for():
+    far = 0
+    for seed in range(40):
+        T = 96
+        word, y, distance = toys.brackets(random.Random(seed), T)
+        assert len(word) == len(y) == len(distance) == T
+        stack = []
+        for t, token in enumerate(word):
+            if 1 <= token <= 8:
+                stack.append((token, t))
+                assert len(stack) <= 4
+            elif token:
+                opener, _ = stack.pop()
+                assert token == opener + 8
+            following = word[t + 1] if t + 1 < T else None
+            if following is not None and following > 8:
+                assert y[t] == following == stack[-1][0] + 8 and distance[t] == t + 1 - stack[-1][1]
+                far += distance[t] >= 32
+            elif following is not None:
+                assert y[t] == -1
+        assert len(stack) <= 1  # the word is T + 1 long: its last closer may be the target alone
+        assert y[-1] == -1 or stack and y[-1] == stack[-1][0] + 8
+    assert far > 40
+
+
+def test_toys_copy_repeat_and_recall_ask_what_they_say():
+    for seed in range(30):
+        rng = random.Random(seed)
+        x, y, d = toys.copy(rng, 80)
+        asked = [t for t in range(80) if y[t] >= 0]
+        assert len(asked) >= 8 and max(d) >= 9 and len(x) == len(y) == len(d) == 80
+        for t in asked:
+            assert y[t] == x[t + 1 - d[t]] and (t == 79 or x[t + 1] == y[t])
+        assert asked[-1] == 79
+        x, y, d = toys.repeat(rng, 80)
+        for t in range(80):
+            assert y[t] == (x[t] in x[:t])
+            assert not y[t] or x[t - d[t]] == x[t] and x[t] not in x[t - d[t] + 1:t]
+        x, y, d = toys.recall(rng, 80)
+        for t in range(80):
+            assert (y[t] >= 0) == (8 <= x[t] < 24)
+            if y[t] >= 0:
+                key = x[t] - 8
+                writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == key]
+                assert y[t] == (x[writes[-1]] - 24) % 8 and d[t] == t - writes[-1]
+        for task, (make, vocabulary) in toys.TASKS.items():
+            x, y, _ = make(rng, 70)
+            assert 0 <= min(x) and max(max(x), max(y)) < vocabulary, task
+
+
+def test_toys_same_seed_same_data():
+    for task in toys.TASKS:
+        a, b, c = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5)))
+        assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0])
+        assert not torch.equal(a[0], toys.length_batch(task, 3, 40, 1, 6)[0])
+    one, same, other = (toys.moons_batch(7, toys.Moons(seed=s))[0] for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    automata = toys.draw_automata(2, [5])[0]
+    assert torch.equal(toys.Instances(automata, 1, 64).x, toys.Instances(automata, 1, 64).x)
+    assert not torch.equal(toys.Instances(automata, 1, 64).x, toys.Instances(automata, 2, 64).x)
+
+
+def test_toys_moons_never_train_on_the_validation_ratios():
+    for heads in (1, 3):
+        rng = np.random.default_rng(0)
+        for _ in range(3000):
+            p = sorted(int(v) for v in toys.draw_periods(rng, toys.Moons(heads=heads)))
+            assert (p[0] * 2, p[0] * 3) != (p[1], p[2]), p
+            assert heads == 3 or 40 <= math.lcm(*p) <= 126
+    assert toys.VALIDATION not in toys.PUBLISHED and len(set(toys.PUBLISHED)) == 8
+
+
+def moons_solution(heads, scale=6.0):
+    """The paper's analytic solution: identity matrices, here with a narrower kernel."""
+    net = toys.MoonsNet(toys.Moons(heads=heads))
+    with torch.no_grad():
+        for w in (net.phi, net.psi, net.z):
+            w.zero_()
+            w[range(3), range(3), 0] = 1.0
+        net.phi *= scale
+    return net
+
+
+def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
+    periods = np.array([[8, 12, 20]] * 4)         # lcm 120
+    x = toys.orbits(np.random.default_rng(1), periods, 200)
+    assert torch.allclose(x.abs(), torch.ones(4, 200, 3)) and torch.allclose(x[:, 0], x[:, 120], atol=1e-4)
+    three = moons_solution(3).rollout_error(x, [7, 19, 21, 100, 130], 25)
+    one = moons_solution(1).rollout_error(x, [21, 100, 121, 130], 25)
+    assert three[2:].max() < 0.01 and three[0] > 0.3 and 0.1 < three[1] < three[0], three
+    assert one[:2].min() > 0.3 and one[2:].max() < 0.01, one
+
+
+def test_toys_moons_is_strictly_causal():
+    """The loss from observation n on reads values that peek one step, never the observation it predicts."""
+    net = moons_solution(3)
+    x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]]), 60)
+    changed = x.clone()
+    changed[:, 40:] = torch.exp(1j * torch.rand(1, 20, 3) * 6)
+    kept = {}
+    for name, data in (("as is", x), ("changed", changed)):
+        phi, psi, _ = net.matrices()
+        probe = data.clone().requires_grad_()
+        net.cfg = replace(net.cfg, loss_clip=100.0)
+        loss = net(probe[:, :43], torch.zeros(1), torch.tensor([40]))     # x_42 alone is predicted
+        kept[name] = torch.autograd.grad(loss, probe)[0][0].abs().sum(1)
+    assert kept["changed"][42] > 0 and (kept["changed"][43:] == 0).all()
+    with torch.no_grad():
+        a = net(changed[:, :43], torch.zeros(1), torch.tensor([40]))
+    other = changed[:, :43].clone()
+    other[:, 42] = -other[:, 42]
+    b = net(other, torch.zeros(1), torch.tensor([40]))
+    # |p - x|² + |p + x|² = 2|p|² + 2|x|² holds only if p is the same in both
+    pair = torch.stack([changed[0, 42], -changed[0, 42]])
+    p = net_prediction(net, changed[:, :42])
+    expected = [(torch.view_as_real(p - v).square().mean()).item() for v in pair]
+    assert abs(a.item() - expected[0]) < 1e-5 and abs(b.item() - expected[1]) < 1e-5
+
+
+def net_prediction(net, x):
+    """The next observation after x (1,n,3), by the definition written out."""
+    phi, psi, z = net.matrices()
+    n, D = x.size(1), 6 // net.cfg.heads
+    with torch.no_grad():
+        k = torch.view_as_real(x[0] @ phi.T).reshape(n, net.cfg.heads, D)
+        v = torch.view_as_real(x[0] @ psi.T).reshape(n, net.cfg.heads, D)
+        y = torch.zeros(net.cfg.heads, D)
+        for h in range(net.cfg.heads):
+            weight = (net.cfg.beta * (k[:n - 1, h] @ k[n - 1, h])).softmax(0)
+            y[h] = weight @ v[1:, h]
+        return torch.view_as_complex(y.reshape(3, 2)) @ z.T
+
+
+def test_toys_disentangled_needs_one_moon_a_head_everywhere():
+    eye, swap = torch.eye(3), torch.eye(3)[[1, 0, 2]]
+    assert toys.disentangled(swap, swap, swap.T)[0] and toys.disentangled(3 * eye, 2 * eye, eye)[0]
+    assert not toys.disentangled(swap, eye, eye)[0]                       # keys of one moon, values of another
+    cycle = torch.eye(3)[[1, 2, 0]]
+    assert toys.disentangled(cycle, cycle, cycle.T)[0] and not toys.disentangled(cycle, cycle, cycle)[0]
+    assert not toys.disentangled(torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]].T)[0]
+    ok, share = toys.disentangled(eye, eye + 0.3 * (1 - eye), eye)
+    assert not ok and abs(share - 1 / 1.18) < 1e-5
+
+
+def test_toys_moons_converges():
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        cfg = toys.Moons(T=160, skip=60, steps=220, sequences=16, out_dir=out)
+        result = toys.run_one(cfg)
+        kept = json.loads(toys.result_path(cfg).read_text())
+    assert kept == result and result["disentangled"], result["smallest_share"]
+    first, _, _, known, _ = result["stairs"]
+    assert first > 0.5 and known < 0.08, result["stairs"]
+    assert result["matrices"] and np.hypot(*np.array(result["matrices"][0]).transpose(2, 0, 1)).max() > math.exp(cfg.sharpen)
+
+
+def run_toy(*argv):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = toys.main(list(argv))
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_toys_bad_flags_are_one_line():
+    for argv, part in ((["recal"], "recall"), (["moons", "--hedas=1"], "--heads"), (["moons", "--steps=many"], "whole number"),
+                       (["moons", "--heads=2"], "expected one of 1, 3"), (["recall", "--model=deltanets"], "deltanet"),
+                       (["regbench", "--n_embd=63"], "n_head"), (["moons", "--seeds=0"], "--seeds"), (["copy", "--task=x"], "--task"),
+                       (["moons", "--skip=300"], "--skip"), (["regbench", "--seed=1"], "--seeds"), (["--nonsense"], "--nonsense"),
+                       (["recall", "--seeds=1,2"], "--seeds"), (["moons", "--lr=nan"], "--lr"), (["rmt"], "expected a toy"),
+                       (["recall", "--model=rmt", "--window=24"], "--window=24"), (["moons", "--sharpen=-2"], "--sharpen")):
+        code, _, err = run_toy(*argv)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and part in err, (argv, err)
+
+
+def test_toys_length_run_leaves_result_picture_and_table():
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=1",
+                 f"--out_dir={out}"]
+        todo = toys.plan(flags)
+        assert [(c.model, c.seed) for c in todo] == [("local", 1), ("local", 2), ("deltanet", 1), ("deltanet", 2)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            for cfg in todo:
+                toys.run_one(cfg)
+        code, text, err = run_toy(*flags)
+        assert code == 0, err
+        assert "4 of 4 models are finished already" in text and "recall.png" in text and "deltanet" in text
+        assert (Path(out) / "recall.png").read_bytes()[:4] == b"\x89PNG"
+        made = sorted(p.name for p in (Path(out) / "length").iterdir())
+        assert len(made) == 4 and all(name.endswith(".json") for name in made)
+        r = json.loads((Path(out) / "length" / made[0]).read_text())
+        assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])
+        assert r["state_bytes"][0] == r["state_bytes"][-1]  # the delta rule's state does not grow
+        assert sum(b["asked"] for b in r["by_distance"]) > 0
+
+
+def test_toys_workers_side_by_side_and_a_second_run_that_skips():
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, toys.__file__, "copy", "--model=local", "--seeds=3", "--steps=2", "--n_embd=16", "--test_rows=2",
+                   "--T=32", "--jobs=2", f"--out_dir={out}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert "3/3  length copy-local" in done.stdout and "[copy-local-n" not in done.stdout.split("3/3")[1]
+        one = json.loads(next(Path(out, "length").glob("*-s2.json")).read_text())
+        with contextlib.redirect_stdout(io.StringIO()):
+            again = toys.run_one(next(c for c in toys.plan(command[2:]) if c.seed == 2))
+        assert one["accuracy"] == again["accuracy"]  # a function of the settings alone
+
+
+def test_toys_local_means_local_in_the_last_layer_too():
+    cfg = toys.architecture(toys.Length(model="local"))
+    assert [cfg.window_of(i) for i in range(2)] == [16, 16]
+    assert toys.architecture(toys.Length(model="global")).window_of(1) is None
+
+
+def test_toys_regbench_batches_visit_every_automaton_once_an_epoch():
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        batches = []
+        kept, toys.fit = toys.fit, lambda model, batch_fn, cfg: batches.extend(batch_fn(i) for i in range(5))
+        try:
+            result = toys.run_one(toys.RegBench(automata=10, T=24, n_embd=16, n_head=1, n_layer=1, test_automata=4, batch_size=4,
+                                                out_dir=out))
+        finally:
+            toys.fit = kept
+    rows = [tuple(row) for x, _ in batches for row in x.tolist()]
+    assert len(rows) == 20 and len(set(rows[:10])) == 10 and set(rows[:10]) == set(rows[10:])
+    assert set(result) >= {"ood", "valid", "iid", "parameters", "seconds", "device", "versions", "config"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
