@@ -1628,7 +1628,8 @@ def test_bad_input_is_one_line_and_status_2():
         refused(["--n_head=3"], "n_head=3")
         refused(["--window=SXL"], "SXL")
         refused(["--memory=ttt", "--memory_layers=9"], "9")
-        refused(["--memory=rmt", "--rmt_segment=60", *base], "60")
+        refused(["--memory=none,rmt", "--rmt_segment=60", *base], "60")  # the sweep's first run is not even begun
+        assert not Path("runs").exists()
         refused(["--steps=0"], "--steps=0")
         refused(["--lr=nan"], "--lr=nan")
         refused(["--lr=-1"], "--lr=-1")

@@ -807,6 +807,8 @@ def run_all(configs: list[RunConfig]) -> None:
     """One run, or a sweep: finished runs are skipped, a diverged one doesn't stop the others."""
     results, failed = [], []
     for cfg in configs:
+        count_params(model_config(cfg))  # what cannot be built is refused before anything is trained
+    for cfg in configs:
         result = finished(cfg)
         if result:
             say(f"{Path(cfg.out_dir, cfg.name)}: finished, skipped (delete the folder to train it again)")
