@@ -7,7 +7,7 @@ form is compared with the equation written out slowly, values and gradients, and
     influence   an early token reaches past window and segment   purity      a state used twice gives the same answer
     bounded     the state of a memory that claims it stops growing
 
-Reading order: the runner's decorator, memories, the law, model, data, train, analyze, the README's example, the runner.
+Reading order: the decorator; memories, the law, model, kernels, data, train, eval, toys, analyze; the README's example; the runner.
 """
 import argparse
 import contextlib

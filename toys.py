@@ -279,7 +279,7 @@ def run_all(configs: list[Toy]) -> tuple[list[dict], list[str]]:
     except BrokenProcessPool:
         raise UserError("a worker was killed, perhaps for want of memory; finished models are kept, so give the same "
                         "command again with --jobs=1") from None
-    except BaseException:
+    except BaseException:           # Ctrl-C too: no worker may outlive the command; then it goes on its way
         for process in active_children():
             process.terminate()
         raise
