@@ -48,10 +48,22 @@ COSTS = {"minutes": "training time (minutes)", "flops": "training compute (FLOPs
 # where and how a run was executed, not what was trained: these may differ inside a cell
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
 # settings that one memory alone reads, told by prefix or by name; elsewhere they mean nothing
-OWNER = {"conv_width": "deltanet", "expand_v": "deltanet", "memory_layers": "any"}
-OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet", "any"}
+OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
+OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
 STYLE = {"local": ("#000000", "o"), "global": ("#7f7f7f", "s"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"),
          "ttt": ("#009E73", "D"), "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
+
+
+CONDITIONS = {           # what their names mean, for the report
+    "local": "no memory; attention, in most layers to a short window only",
+    "global": "no memory; attention to all of the past in every layer",
+    "persistent": "attention that also sees learned key/value slots, the same in every sequence",
+    "rmt": "reads in segments; memory tokens, read before each and written after it, carry the past on",
+    "rmt-0": "the segments of rmt with 0 memory tokens: the baseline that shows what rmt's memory is worth",
+    "ttt": "in place of attention a linear model per head, trained by gradient descent while it reads",
+    "deltanet": "in place of attention a matrix per head, written and erased by the gated delta rule",
+    "knn": "attention to a short window and to the nearest keys in a store of what has left it",
+    "mosaic": "contextual associative memories in place of attention, persistent ones in place of the MLP"}
 
 
 class UserError(Exception):
@@ -109,7 +121,7 @@ def read_curve(d: dict) -> tuple[dict, list, float]:
 
 def read_run(path: Path) -> Run | None:
     """One file -> Run; None for a JSON file that is something else; ValueError for one that is broken or partial."""
-    if path.name.startswith("eval_"):                                 # eval.py's, about a run that has its own result.json
+    if path.name.startswith("eval_"):                                 # eval.py's: its run has a result.json besides
         return None
     d = json.loads(path.read_text(encoding="utf-8"))
     if not (isinstance(d, dict) and d.keys() & {"memory", "mechanism", "val_bpb"}):
@@ -132,12 +144,12 @@ def read_run(path: Path) -> Run | None:
     costs = {k: v for k, v in costs.items() if finite(v)}
     if {"flops_per_token", "train_tokens"} <= costs.keys():
         costs["flops"] = costs["flops_per_token"] * costs["train_tokens"]
-    agree = ("depth", "dataset", "data_sha256", "train_tokens", "total_params", "memory_params", "flops_per_step")
-    peer = {} if "memory" in d else {"preset": f"d{d.get('depth', '')}", "dataset": PEER}
-    return Run(str(path), str(d.get("preset") or config.get("preset") or peer.get("preset", "")),
-               str(d.get("dataset") or config.get("dataset") or peer.get("dataset", "")), memory,
+    agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step device".split()
+    peer = {"preset": f"d{d.get('depth', '')}", "dataset": PEER, "window": d.get("window_pattern")}
+    whole = ({} if "memory" in d else peer) | config | d
+    return Run(str(path), str(whole.get("preset") or ""), str(whole.get("dataset") or ""), memory,
                str(config.get("memory_layers", "all")) if memory != "none" else "all",
-               str(d.get("window") or d.get("window_pattern") or "SSSL"), T, d["seed"], float(d["val_bpb"]),
+               str(whole.get("window") or "SSSL"), T, d["seed"], float(d["val_bpb"]),
                *(read_curve(position) if position else ({}, [], None)), costs,
                [e for e in log if isinstance(e, dict) and finite(e.get("val_bpb"))],
                config | {k: d[k] for k in agree if k in d})
@@ -193,9 +205,8 @@ def owner(key: str) -> str | None:
 
 def relevant(key: str, memory: str) -> bool:
     """Does this setting change what a run with this memory computes?"""
-    if key in EXECUTION or key.endswith("_every"):
-        return False
-    return owner(key) is None or memory.startswith(owner(key)) or (owner(key) == "any" and memory != "none")
+    mine = owner(key) is None or memory.startswith(owner(key))
+    return mine and key not in EXECUTION and not key.endswith("_every")
 
 
 def differing(a: Run, b: Run) -> dict:
@@ -212,6 +223,8 @@ def kind(cell: Cell) -> str:
 def make_cells(runs, by=()) -> tuple[list[Cell], list[str]]:
     """Group runs by condition. A seed counts once: of several files the first read is kept (never the better one)."""
     cells, repeats = {}, []
+    for key in (key for key in by if not any(key in run.config for run in runs)):
+        raise UserError(f"--by={key}: no run has such a setting; give names of settings such as n_layer or lr")
     for run in runs:
         name = run.memory if run.memory != "none" else "global" if set(run.window) == {"L"} else "local"
         extra = "".join(f" {k}={run.config[k]}" for k in by if k in run.config and relevant(k, run.memory))
@@ -233,11 +246,9 @@ def make_cells(runs, by=()) -> tuple[list[Cell], list[str]]:
 
 def baseline(cell: Cell, cells, *names) -> Cell | None:
     """The first of `names` (local, global, rmt-0) that this study and T have; of several, the one most like `cell`."""
-    for name in names:
-        fits = [c for c in cells if (c.study, c.T, kind(c)) == (cell.study, cell.T, name)]
-        if fits:
-            return max(fits, key=lambda c: (c.one.window == cell.one.window, -len(differing(c.one, cell.one))))
-    return None
+    fits = [c for c in cells if (c.study, c.T) == (cell.study, cell.T) and kind(c) in names]
+    return min(fits, default=None, key=lambda c: (names.index(kind(c)), c.one.window != cell.one.window,
+                                                  len(differing(c.one, cell.one))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,6 +378,7 @@ def table(head: str, rows) -> str:
 
 def human(x) -> str:
     """1234567 -> 1.23M."""
+    x = float(f"{x:.3g}")                                             # first, so that 999999 is 1M and not 1e+03k
     k = min(int(math.log10(abs(x)) // 3), 7) if abs(x) >= 1000 else 0
     return f"{x / 1000 ** k:.3g}{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][k]}"
 
@@ -379,25 +391,35 @@ def show_p(p, adjusted) -> str:
     return "–" if math.isnan(p) else f"{p:.3g} ({adjusted:.3g})"
 
 
-def context_table(cells) -> str:
-    """Mean bpb of every condition at every context length."""
-    lengths, rows = sorted({c.T for c in cells}), {}
+def score_table(cells) -> str:
+    """The score beside what it costs. Medians, so that one run on a slower machine doesn't move them; the range of the
+    minutes tells of it."""
+    rows = []
+    names = "total_params memory_params flops_per_token state_bytes tokens_per_second minutes peak_mib".split()
     for c in cells:
         sd = f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}" if len(c.runs) > 1 else ""
-        rows.setdefault(c.label, {})[c.T] = f"{c.mean():.5f}{sd} (n={len(c.runs)})"
-    return table("condition|" + "|".join(f"T = {T}" for T in lengths),
-                 [[label, *(row.get(T, "–") for T in lengths)] for label, row in rows.items()])
+        costs = [human(np.median(c.costs(k))) if c.costs(k) else "–" for k in names]
+        if (t := c.costs("minutes")) and max(t) > 1.1 * min(t):
+            costs[5] += f" ({min(t):.3g}–{max(t):.3g})"
+        rows.append([c.T, c.label, len(c.runs), f"{c.mean():.5f}{sd}", *costs])
+    return table("T|condition|n|bpb|parameters|more than memory=none|FLOPs/token|state bytes|tokens/s|minutes|peak MiB",
+                 rows)
+
+
+def comparisons(cells) -> list:
+    """(cell, baseline, Paired): every condition against local and against global, rmt also against its own segments."""
+    pairs = [(c, baseline(c, cells, name)) for c in cells if kind(c) != "local" for name in ("local", "global", "rmt-0")
+             if name != "rmt-0" or c.one.memory.startswith("rmt")]
+    return [(c, b, paired(c.bpb(), b.bpb())) for c, b in pairs if b and b is not c]
 
 
 def mechanism_table(cells) -> str:
-    """Every condition against local, against global, and RMT against RMT without memory: one family of tests."""
-    pairs = [(c, baseline(c, cells, name)) for c in cells if kind(c) != "local" for name in ("local", "global", "rmt-0")
-             if name != "rmt-0" or c.one.memory.startswith("rmt")]
-    family = [(c, b, paired(c.bpb(), b.bpb())) for c, b in pairs if b and b is not c]
+    """One family of tests."""
+    family = comparisons(cells)
     adjusted = zip(holm([p.p_t for *_, p in family]), holm([p.p_flip for *_, p in family]))
     rows = [[c.T, c.label, b.label, len(p.seeds), interval(p.mean, p.lo, p.hi), show_p(p.p_t, t), show_p(p.p_flip, f)]
             for (c, b, p), (t, f) in zip(family, adjusted)]
-    own = {"memory", "window", "total_params", "memory_params", "flops_per_step"}
+    own = {"memory", "memory_layers", "window", "total_params", "memory_params", "flops_per_step"}
     notes = [f"- {c.label} and {b.label}: {', '.join(extra)}\n" for c, b, _ in family
              if (extra := [k for k in differing(c.one, b.one) if k not in own and not owner(k)])]
     return (table("T|condition|against|n|Δ mBPB [95% CI]|t test p (Holm)|sign-flip p (Holm)", rows)
@@ -448,18 +470,6 @@ def position_table(cells) -> str:
     return text + ("\n" + recombination(cells) if rows else "")
 
 
-def overhead_table(cells) -> str:
-    """Medians, so that one run on a slower machine doesn't move them; the range of the minutes tells of it."""
-    rows = []
-    names = "total_params memory_params flops_per_token state_bytes tokens_per_second minutes peak_mib".split()
-    for c in cells:
-        row = [human(np.median(c.costs(k))) if c.costs(k) else "–" for k in names]
-        if (t := c.costs("minutes")) and max(t) > 1.1 * min(t):
-            row[5] += f" ({min(t):.3g}–{max(t):.3g})"
-        rows.append([c.T, c.label, *row])
-    return table("T|condition|parameters|of the memory|FLOPs/token|state bytes|tokens/s|minutes|peak MiB", rows)
-
-
 def frontiers(cells):
     """(T, name of the cost, [(cost, bpb, cell)], indexes on the frontier) wherever two conditions recorded the cost."""
     for T, cost in itertools.product(sorted({c.T for c in cells}), COSTS):
@@ -480,14 +490,16 @@ def matched_table(cells) -> str:
     rows = []
     for T, cost in itertools.product(sorted({c.T for c in cells}), ("flops", "minutes")):
         logged = [c for c in cells if c.T == T and all(len(log_curve(r, cost)[0]) for r in c.runs.values())]
-        budget = min((log_curve(r, cost)[0][-1] for c in logged for r in c.runs.values()), default=0)
-        found = {c.label: {s: at_budget(r, cost, budget) for s, r in c.runs.items()} for c in logged if len(logged) > 1}
-        found = {label: {s: v for s, v in at.items() if not math.isnan(v)} for label, at in found.items()}
-        for c in (c for c in logged if found.get(c.label)):
-            b, at = baseline(c, logged, "local", "global"), found[c.label]
-            p = paired(at, found[b.label]) if b and b is not c else None
-            there = f"{np.mean(list(at.values())):.5f}"
-            rows.append([T, f"{human(budget)} {'FLOPs' if cost == 'flops' else cost}", c.label, len(at), there,
+        if len(logged) < 2:
+            continue
+        budget = min(log_curve(r, cost)[0][-1] for c in logged for r in c.runs.values())
+        at = {c.label: {s: at_budget(r, cost, budget) for s, r in c.runs.items()} for c in logged}
+        at = {label: {s: v for s, v in of.items() if not math.isnan(v)} for label, of in at.items()}
+        for c in logged:
+            there, b = at[c.label], baseline(c, logged, "local", "global")
+            p = paired(there, at[b.label]) if b and b is not c else None
+            rows.append([T, f"{human(budget)} {'FLOPs' if cost == 'flops' else cost}", c.label, len(there),
+                         f"{np.mean(list(there.values())):.5f}" if there else "first evaluated later",
                          *([b.label, interval(p.mean, p.lo, p.hi)] if p else "––")])
     return table("T|budget|condition|n|bpb there|against|Δ mBPB [95% CI]", rows)
 
@@ -514,9 +526,9 @@ def panels(rows, cols, size, **more):
 
 
 def figure_differences(cells):
-    """Difference from the baseline, paired by seed: seeds, mean, 95% CI; one panel per context length."""
-    rows = [(c, b, paired(c.bpb(), b.bpb())) for c in cells if (b := baseline(c, cells, "local", "global"))]
-    rows = [(c, b, p) for c, b, p in rows if b is not c and p.seeds]
+    """Difference from local, paired by seed: seeds, mean, 95% CI; one panel per context length."""
+    rows = [(c, b, p) for c, b, p in comparisons(cells)
+            if p.seeds and (b is baseline(c, cells, "local", "global") or kind(b) == "rmt-0")]
     if not rows:
         return None
     lengths = sorted({c.T for c, *_ in rows})
@@ -538,8 +550,9 @@ def figure_differences(cells):
                 ax.plot([1000 * p.lo, 1000 * p.hi], [y - 0.08] * 2, color=colour, lw=2)
                 ax.plot(mean, y - 0.08, "|", color=colour, ms=13, mew=3)
         ax.axvline(0, color="black", lw=1)
-        ax.set(yticks=range(len(here)), yticklabels=[f"{c.label}, n={len(p.seeds)}" for c, _, p in here],
-               ylim=(len(here) - 0.4, -0.6), title=f"T = {T}, against {here[0][1].label}")
+        usual = f"against {here[0][1].label}"
+        names = [f"{c.label}, n={len(p.seeds)}\nagainst {b.label}".removesuffix(f"\n{usual}") for c, b, p in here]
+        ax.set(yticks=range(len(here)), yticklabels=names, ylim=(len(here) - 0.4, -0.6), title=f"T = {T}, {usual}")
         ax.margins(x=0.03)
     axes[-1, 0].set_xlabel("bpb difference, paired by seed (mBPB; left is better)")
     return fig
@@ -555,11 +568,13 @@ def figure_position(cells):
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     for ax, (c, positions, local, memory, full) in zip(axes.flat, found):
+        middles = np.add(positions, np.diff(positions, append=c.T) / 2)
         for curve, name, colour, style in ((local - full, "D", "black", "--"), (local - memory, "G", look(c)[0], "-")):
-            ax.plot(np.tile(positions, len(curve)), 1000 * curve.ravel(), ".", color=colour, ms=4, alpha=0.4, mew=0)
-            ax.plot(positions, 1000 * curve.mean(0), style, color=colour, lw=1.6, label=name)
+            ax.plot(np.tile(middles, len(curve)), 1000 * curve.ravel(), ".", color=colour, ms=4, alpha=0.4, mew=0)
+            ax.plot(middles, 1000 * curve.mean(0), style, color=colour, lw=1.6, label=name)
         ax.axhline(0, color="black", lw=0.6)
         lo, hi = np.quantile(1000 * np.array([local - full, local - memory]), [0.003, 0.997])
+        lo, hi = min(lo, 0), max(hi, 0)
         ax.set(title=f"{c.label}\nT = {c.T}, n = {len(local)}", ylim=(lo - 0.05 * (hi - lo), hi + 0.2 * (hi - lo)))
         ax.locator_params(nbins=5)
     axes[0, 0].legend(fontsize=9, loc="upper center", ncols=2, frameon=False)
@@ -608,24 +623,47 @@ def figure_pareto(cells):
 # The report: for each section its title, what to know before reading it, its table, its figure
 
 SECTIONS = (
-    ("Bits per byte", "Mean ± standard deviation over seeds. Means over different seeds don't compare.",
-     context_table, None),
-    ("Differences, paired by seed", "Condition minus baseline, over the n seeds both have. Holm's correction covers"
-     " all tests of this table, for each kind of test. With n pairs the exact sign-flip p can't be below 2/2^n.",
-     mechanism_table, figure_differences),
-    ("Position", "D = local − global, G = local − memory, per bucket. Closure is undefined where D's own interval isn't"
-     " above 0. G and D share the local runs, so noise alone correlates: r means something only above all of the null"
-     " *and* above 0 with split seeds.", position_table, figure_position),
-    ("What it costs", "Medians over seeds.", overhead_table, None),
-    ("Pareto frontier", "Of the means; a difference within its interval above is no difference.", frontier_table,
-     figure_pareto),
-    ("Matched compute", "The logged curves at the largest budget that every run has reached. A run whose learning rate"
-     " had not yet come down stands worse here than a run planned for that budget would.", matched_table, None))
-
-
+    ("Scores and costs", score_table, None, """
+bpb: bits per byte of validation text, less is better; mean ± standard deviation over n seeds (means over different
+seeds don't compare). Costs are medians over seeds: FLOPs of training; state: what is kept of one sequence of T tokens;
+tokens/s in a median training step; minutes of the whole training, with their range where it is wide; peak memory of the
+GPU, else of the process."""),
+    ("Differences, paired by seed", mechanism_table, figure_differences, f"""
+Runs of one seed have read the same batches, so a difference is taken seed by seed: condition minus baseline, over the n
+seeds both have. mBPB: 0.001 bits per byte; negative is better than the baseline. Below {MIN_SEEDS} seeds there is no
+interval and no test. In brackets: Holm's correction, over all tests of this table, for each kind of test. With n pairs
+the exact sign-flip p can't be below 2/2^n, so with fewer than 6 it can't be below 0.05."""),
+    ("Position", position_table, figure_position, """
+Does a memory help where the window hurts? In each bucket of positions, D = local − global is what the window costs
+(negative: it helps) and G = local − memory what the memory gains (negative: it loses). Up to the window's length local
+and global see the same text, so a D there comes from training, not from what is seen. Closure is the share ΣG/ΣD that
+the memory wins back, undefined where D's own interval isn't above 0: there is nothing to win back. r correlates G and D
+over positions. They share the local runs, so noise alone correlates: r means something only above all of the null *and*
+above 0 with split seeds."""),
+    ("Pareto frontier", frontier_table, figure_pareto, """
+The conditions that no other beats by being nowhere worse and somewhere better. Of the means: a difference within its
+interval above is no difference. In the figure large markers are means, small ones seeds, the black steps the frontier,
+grey the logged evaluations on the way there."""),
+    ("Matched compute", matched_table, None, """
+bpb at the largest budget that every run has reached; between two logged evaluations it is taken as linear in the
+logarithm of the cost. A run whose learning rate had not yet come down stands worse here than a run planned for that
+budget would."""))
 PEER_NOTE = """These files follow memory-bench's schema. Its persistent runs attend globally whatever window they name:
 compare them with global. Its memories' matrices were trained by another optimizer (AdamW) than its baseline's (Muon).
 """
+SETUP = "depth n_layer n_embd n_head short_window tokenizer steps batch_size train_tokens optimizer lr device".split()
+
+
+def introduction(cells) -> str:
+    """What was trained, and what the names of the conditions mean."""
+    found = {k: dict.fromkeys(str(r.config[k]) for c in cells for r in c.runs.values() if k in r.config) for k in SETUP}
+    text = ", ".join(f"{k} {' / '.join(values)}" for k, values in found.items() if values)
+    names = dict.fromkeys(kind(c) if kind(c) in CONDITIONS else kind(c).split("-")[0] for c in cells)
+    lines = "".join(f"- {name}: {CONDITIONS[name]}\n" for name in names if name in CONDITIONS)
+    return (f"T is the training length in tokens. Trained with {text or 'unrecorded settings'}.\n\nIn brackets: which "
+            "attention layers see a short window (S) and which all of the past (L); the last layer is always an L. A "
+            "memory in place of attention has no such layers.\n\n"
+            + lines)
 
 
 def report(cells, repeats, skipped, others, out: Path) -> str:
@@ -636,12 +674,12 @@ def report(cells, repeats, skipped, others, out: Path) -> str:
         parts += [f"{title}:\n\n" + "".join(f"- {x}\n" for x in lines)] if lines else []
     for k, study in enumerate(sorted({c.study for c in cells})):
         mine = [c for c in cells if c.study == study]
-        parts.append(f"## {' · '.join(filter(None, study)) or 'Runs'}\n")
+        parts += [f"## {' · '.join(filter(None, study)) or 'Runs'}\n", introduction(mine)]
         parts += [PEER_NOTE] if study[1] == PEER else []
-        for title, lead, tabulate, draw in SECTIONS:
+        for title, tabulate, draw, lead in SECTIONS:
             if not (body := tabulate(mine)):
                 continue
-            parts.append(f"### {title}\n\n{lead}\n\n{body}")
+            parts.append(f"### {title}\n{lead}\n\n{body}")
             if draw and (fig := draw(mine)):
                 name = f"{draw.__name__.removeprefix('figure_')}{k or ''}.png"
                 fig.savefig(out / name, dpi=110)
@@ -650,18 +688,22 @@ def report(cells, repeats, skipped, others, out: Path) -> str:
     return "\n".join(parts)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="exit status: 0 all read, 1 some files skipped, 2 bad input")
+    parser = Parser(description=__doc__.split("\n")[0],
+                    epilog="exit status: 0 all read, 1 some files skipped, 2 bad input")
     parser.add_argument("folders", nargs="+", help="folders with result files, searched to any depth for *.json")
     parser.add_argument("--out", default="out/report", help="where REPORT.md and the figures go (default out/report)")
     parser.add_argument("--by", default="", help="configuration keys that split conditions, e.g. --by=n_layer,lr")
-    parser.error = lambda message: (print(f"error: {message}; see --help", file=sys.stderr), sys.exit(2))
-    args = parser.parse_args(argv)
-    out = Path(args.out)
     try:
+        args = parser.parse_args(argv)
+        out = Path(args.out)
         runs, skipped, others = read_all(args.folders)
-        cells, repeats = make_cells(runs, args.by.split(","))
+        cells, repeats = make_cells(runs, args.by.split(",") if args.by else [])
         out.mkdir(parents=True, exist_ok=True)
         (out / "REPORT.md").write_text(report(cells, repeats, skipped, others, out), encoding="utf-8")
     except (UserError, OSError) as e:                                 # an OSError names the file it can't open or write

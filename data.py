@@ -5,7 +5,7 @@
 
 Corpora
     python          the default, no download: the .py files of the standard library and our dependencies
-    fineweb-edu:N   N shards of 100M GPT-2 tokens (14 if N is left out: memory-bench's 1.32B tokens)
+    fineweb-edu:N   N shards of 100M GPT-2 tokens (14 if N is left out, for memory-bench's 1.32B)
     tinystories, simplewiki, shakespeare      downloaded when first used
     PATH            a text file or a folder of them.  A line <|endoftext|> separates documents; .jsonl (and
                     BabiStories' *dataset.txt) has one a line: a string, or an object's "text" or "story".
@@ -102,9 +102,7 @@ def whole(path):
 def add_file(digest, path, offset=0):
     with open(path, "rb") as file:
         file.seek(offset)
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 def cached(cache, name, ending):
     return os.path.join(cache, re.sub(r"[^\w.-]+", "_", name) + ending)
@@ -239,8 +237,7 @@ class Text:
     @functools.cached_property
     def fingerprint(self):
         """Changes with the files' names, sizes and times: cheap enough to look at in every run."""
-        files = [(key, split, *operator.attrgetter("st_size", "st_mtime_ns")(os.stat(path)))
-                 for key, path, split in self.files]
+        files = [(key, split, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for key, path, split in self.files]
         return hashlib.sha256(repr((FORMAT, self.val_fraction, files)).encode()).hexdigest()
 
     def documents(self):
@@ -501,7 +498,7 @@ def prepare(text, encoding, cache, quiet=False):
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)     # what a killed process left
     os.makedirs(part)
-    shards = text.name == "fineweb-edu" and encoding.name == "gpt2"
+    shards = encoding.name == "gpt2" and all(split and path.endswith(".bin") for _, path, split in text.files)
     meta = index_shards(text, part) if shards else tokenize(text, encoding, part, quiet)
     digest, names = hashlib.sha256(), ["train.npy", "val.npy"]
     for name, offset, _ in meta["files"]["train"] + meta["files"]["val"]:
@@ -551,12 +548,12 @@ def plan_rows(start, length, row):
     room = row - 1                              # beside the <|endoftext|>
     full = length // room                       # row-long pieces of each document
     nth = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
-    whole = np.repeat(start, full) + nth * room
+    long = np.repeat(start, full) + nth * room
     rest = length - full * room
     packed = pack((start + full * room)[rest > 0], rest[rest > 0] + 1, row)
-    return Plan(np.concatenate([np.arange(len(whole)), len(whole) + packed.first]),
-                np.concatenate([whole, packed.start]),
-                np.concatenate([np.full(len(whole), row), packed.length]))
+    return Plan(np.concatenate([np.arange(len(long)), len(long) + packed.first]),
+                np.concatenate([long, packed.start]),
+                np.concatenate([np.full(len(long), row), packed.length]))
 
 # ----------------------------------------------------------------------------------------------------- Corpus
 

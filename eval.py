@@ -5,11 +5,13 @@
 Tasks (each prints a table and writes out/<run>/eval_<task>.json; a picture of several runs goes to the first one)
     bpb         bits per byte on the validation rows: the number that training ends with
     position    the same by position in the row and by position in the document
-    extend      bits per byte on rows of up to 16 times the training length
+    extend      bits per byte on rows of up to 16 times the training length; spans hold different text, so that one
+                span of several runs compares, and several spans of one run do not
     niah        needle in a haystack: a 6-digit key hidden at some depth in some length of validation text
     ood         loss by position on another corpus (Memory Mosaics, figure 10)
-    attention   what the last position attends to, per head, at 1x and 3x the training length (figures 12, 13, 15)
-    generate    continuations of the 24 prompts of the paper's table 1, or of any --prompt
+    attention   what the last position attends to, per head, at 1x and 3x the training length (its figures 12, 13, 15);
+                of knn the attention to its window alone
+    generate    continuations of the 24 prompts of its table 1, or of any --prompt
     speed       prefill, ms a token, state bytes and peak memory against context length
 
 Glossary
@@ -38,6 +40,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -48,8 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError, encode
-from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, extend, full_precision, rotary,
-                   state_bytes)
+from model import EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, extend, rotary, state_bytes
 from train import (Parser, RunConfig, autocast, build, evaluate_bpb, fill_in, load_corpus, load_run, opt, parse_value,
                    peak_memory_mib, pick_device, replacing, reset_peak_memory)
 
@@ -94,18 +96,20 @@ def parse_args(argv: list[str]) -> tuple[list[str], list[str], Options]:
                     description=__doc__.split("\n\nGlossary")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders that train.py wrote")
-    kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(Options)}
+    kinds = {f.name: f.type.__name__ for f in fields(Options)}
     for f in fields(Options):
         text = f"{f.metadata['group']}: {f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=[], action="append", metavar="TEXT" if kinds[f.name] == "tuple" else
-                            kinds[f.name].upper(), help=text)
-    found, unknown = parser.parse_known_args(argv)
+        several = kinds[f.name] == "tuple"
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, action="append" if several else "store",
+                            metavar="TEXT" if several else kinds[f.name].upper(), help=text)
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}" + nearest(unknown[0].split("=")[0], [f"--{k}" for k in kinds]))
-    opts = Options()
-    for name, given in ((name, given) for name, given in vars(found).items() if name != "runs" and given):
+    given, opts = vars(given), Options()
+    runs = given.pop("runs")
+    for name, text in given.items():
         known = Options.__dataclass_fields__[name].metadata
-        value = tuple(given) if kinds[name] == "tuple" else parse_value(name, kinds[name], given[-1])
+        value = tuple(text) if kinds[name] == "tuple" else parse_value(name, kinds[name], text)
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"--{name}={value}: expected one of {', '.join(known['choices'])}")
         if isinstance(value, (int, float)) and not known["low"] <= value < math.inf:
@@ -115,9 +119,9 @@ def parse_args(argv: list[str]) -> tuple[list[str], list[str], Options]:
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"there is no task {name!r}, expected one of {', '.join(TASKS)}" + nearest(name, TASKS))
-    if not found.runs:
+    if not runs:
         raise UserError("no run was given; give a folder that train.py wrote, such as out/laptop-none-s1")
-    return found.runs, tasks, opts
+    return runs, tasks, opts
 
 
 def numbers(name: str, text: str, kind: str, low, high) -> list:
@@ -154,12 +158,21 @@ def open_runs(paths: list[str], opts: Options) -> list[Run]:
             known = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f"there is no {path}" + nearest(str(path), known, "give a folder that train.py wrote"))
         model, cfg, _ = load_run(path)
+        # what was trained in bfloat16 can be read on a CPU too
         cfg = replace(cfg, device=opts.device, dtype="float32" if cfg.dtype == "float32" else "auto")
         loaded.append((path if path.is_dir() else path.parent, model.to(pick_device(cfg)), cfg))
-    schemes = ("{0.memory}", "{0.memory} {0.window}", "{0.memory} {0.window} s{0.seed}")
-    candidates = [[scheme.format(cfg) for *_, cfg in loaded] for scheme in schemes] + [[f.name for f, *_ in loaded]]
-    labels = next((names for names in candidates if len(set(names)) == len(names)), candidates[-1])
+    labels = [label_of(cfg, [c for *_, c in loaded if c.memory == cfg.memory]) for *_, cfg in loaded]
+    if len(set(labels)) < len(labels):
+        labels = [folder.name for folder, *_ in loaded]
     return [Run(folder, label, model, cfg) for label, (folder, model, cfg) in zip(labels, loaded)]
+
+
+def label_of(cfg: RunConfig, alike: list[RunConfig]) -> str:
+    """The memory, and the settings in which its runs differ: "none SSSL", "rmt rmt_tokens=0", "knn s2"."""
+    differ = [f.name for f in fields(cfg) if f.metadata.get("group") != "run" and f.name != "data_sha256"
+              and len({getattr(c, f.name) for c in alike}) > 1]
+    parts = [f"{name}=" * (name != "window") + str(getattr(cfg, name)) for name in differ if name != "seed"]
+    return " ".join([cfg.memory, *parts] + [f"s{cfg.seed}"] * ("seed" in differ))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,22 +299,17 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int, piece: int)
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, tables, pictures
 
-LOOKS = {"none": ("#000000", "o"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"), "ttt": ("#009E73", "D"),
-         "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
+LOOKS = {"none": ("#000000", "o"), "global": ("#7f7f7f", "s"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"),
+         "ttt": ("#009E73", "D"), "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
 
 
 def plain(x):
     """What JSON can hold: tensors as lists, null for a number that is not finite."""
-    x = x.tolist() if isinstance(x, Tensor) else x
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.loads(json.dumps(x, default=Tensor.tolist), parse_constant=lambda name: None)
 
 
 def save(run: Run, task: str, result: dict) -> None:
-    names = ("name", "memory", "window", "seed", "max_seq_len", "dataset", "tokenizer", "data_sha256")
+    names = "name memory window seed max_seq_len dataset tokenizer data_sha256".split()
     device = pick_device(run.cfg)
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     content = {name: getattr(run.cfg, name) for name in names} | dict(task=task, device=device) | result
@@ -323,12 +331,14 @@ def same_tokens(results: list[dict]) -> None:
 
 
 def looks(runs) -> list[dict]:
-    """Colour and marker by memory; runs of one memory differ in their dashes."""
+    """Colour and marker by memory, dashes for several runs of one; hollow, so that coinciding curves are all seen."""
     seen, out = Counter(), []
-    for memory in (run.cfg.memory for run in runs):
-        colour, marker = LOOKS.get(memory, ("#994F00", "h"))
-        out.append(dict(color=colour, marker=marker, ls=("-", "--", ":", "-.")[seen[memory] % 4], lw=1.6, ms=5))
-        seen[memory] += 1
+    for cfg in (run.cfg for run in runs):
+        name = "global" if cfg.memory == "none" and set(cfg.window) == {"L"} else cfg.memory
+        colour, marker = LOOKS.get(name, ("#994F00", "h"))
+        dashes = ("-", "--", ":", "-.")[seen[name] % 4]
+        out.append(dict(color=colour, marker=marker, ls=dashes, lw=1.5, ms=7, mfc="none"))
+        seen[name] += 1
     return out
 
 
@@ -365,9 +375,10 @@ def position_table(runs, results, where: str) -> None:
     table([f"position in the {where}"] + [run.label for run in runs], lines)
 
 
-def position_picture(task, runs, results, value, label, most=32):
+def position_picture(task, runs, results, most=32):
     """Both curves, in at most so many points. The longest documents are few: where they end is noise, and not drawn."""
     figure, axes = panels(1, 2, (9.5, 3.8))
+    value, label = ("loss", "loss (nats a token)") if task == "ood" else ("bpb", "bits per byte")
     for ax, (where, key) in zip(axes[0], CURVES.items()):
         for run, r, look in zip(runs, results, looks(runs)):
             sums = torch.tensor([r[key][name] for name in ("nats", "bytes", "targets")], dtype=torch.float64)
@@ -408,7 +419,7 @@ def task_position(runs, opts):
     for where in CURVES:
         position_table(runs, results, where)
     same_tokens(results)
-    position_picture("position", runs, results, "bpb", "bits per byte")
+    position_picture("position", runs, results)
 
 
 def task_extend(runs, opts):
@@ -430,7 +441,7 @@ def task_extend(runs, opts):
         lines += [[run.label, f"from {result['reached']}", "limit", result["limit"]]] if result["limit"] else []
     table(["run", "tokens", "training length", "bits per byte"], lines)
     same_tokens(results)
-    position_picture("extend", runs, results, "bpb", "bits per byte")
+    position_picture("extend", runs, results)
 
 
 def task_ood(runs, opts):
@@ -447,7 +458,7 @@ def task_ood(runs, opts):
     print(f"bits per byte on {dataset}")
     position_table(runs, results, "row")
     same_tokens(results)
-    position_picture("ood", runs, results, "loss", "loss (nats a token)")
+    position_picture("ood", runs, results)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -526,15 +537,15 @@ def task_niah(runs, opts):
                 f"{c['margin']:+.2f} ±{c['margin_error']:.2f} {c['exact']:4.0%}" for c in cells]
         table(["tokens \\ depth"] + [f"{d:g}" for d in depths],
               [[n, *text[i * len(depths):(i + 1) * len(depths)]] for i, n in enumerate(lengths)])
-    niah_picture(runs, results)
+    niah_picture(runs, results, opts.pairs)
 
 
-def niah_picture(runs, results):
+def niah_picture(runs, results, pairs):
     cols, rows = min(3, len(runs)), -(-len(runs) // 3)
     height = (1 + 0.5 * max(len(r["lengths"]) for r in results)) * rows + 0.4
     figure, axes = panels(rows, cols, (1.2 + 3.6 * cols, height))
     margins = [np.array([c.get("margin") for c in r["cells"]], float) for r in results]             # None becomes nan
-    top = max(1e-9, np.nanmax(np.abs(np.concatenate(margins + [[0.0]]))))
+    top = np.nanmax(np.abs(np.concatenate(margins + [[1.0]])))    # at least a nat, so that noise stays pale
     for ax in axes.flat[len(runs):]:
         ax.set_visible(False)
     for ax, run, r, margin in zip(axes.flat, runs, results, margins):
@@ -551,39 +562,30 @@ def niah_picture(runs, results):
     for ax in axes[:, 0]:
         ax.set_ylabel("length (tokens; * trained)")
     figure.colorbar(image, ax=axes, label="margin (nats)")
-    figure.suptitle("margin in nats, exact match in %", fontsize=10)
+    figure.suptitle(f"margin in nats, exact match in %, over {pairs} pairs of keys", fontsize=10)
     picture(runs[0], "niah", figure)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # attention: what the last position looks at (figures 12, 13 and 15)
 
-class Attended(NamedTuple):
-    """The attention of one query, per head; memory and tokens together sum to one."""
-    memory: Tensor     # (B,H) on what has no position: learned slots, rmt's read memory
-    tokens: Tensor     # (B,H,n)
-    positions: Tensor  # (n,) of those tokens
+def last_attended(layer, T: int, rmt: bool, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
+    """Where the layer looks from position T-1, out of what it is given there: x (B,1,C) and all that it remembers.
 
-
-def products(q: Tensor, k: Tensor) -> Tensor:
-    """q kᵀ in float32 at least, under autocast too"""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with full_precision(q):
-        return (q.to(dtype) @ k.to(dtype).mT).double()
-
-
-def last_attended(layer, T: int, rmt: bool, x: Tensor, state, ve) -> Attended:
-    """Where the layer looks from position T-1, out of what it is given there: x (B,1,C) and all that it remembers."""
+    -> attention to what has no position, learned slots and rmt's read memory (B,H), and to each token (B,H,T); together
+    they sum to one.
+    """
     if isinstance(layer, ContextualMemory):
         k, _ = layer.key(x, state.k_bar)
-        w = products(k, state.k).softmax(-1)[:, :, 0]           # (B,H,T-1): the strict past; the keys carry the scale
-        return Attended(w.new_zeros(w.shape[:2]), w, torch.arange(T - 1))
+        w = (k.double() @ state.k.double().mT).softmax(-1)[:, :, 0]     # (B,H,T-1) strict past; keys carry the scale
+        return w.new_zeros(w.shape[:2]), F.pad(w, (0, 1))
     q, k, _ = layer.project(x, ve)
     state = getattr(state, "local", state)                      # of knn's two parts the window
     if layer.theta:
         q, k = (rotary(t, state.pos[None].to(t.device), layer.theta) for t in (q, k))
     k, _, n_free = layer.with_slots(extend(state.k, k), extend(state.v, k))
-    score = products(q, k.repeat_interleave(layer.H // layer.Hkv, 1)) * layer.D ** -0.5             # (B,H,1,keys)
+    k = k.repeat_interleave(layer.H // layer.Hkv, 1)
+    score = q.double() @ k.double().mT * layer.D ** -0.5        # (B,H,1,keys), float64: autocast leaves that alone
     if layer.slopes is not None:
         j = torch.arange(k.size(2), device=k.device)
         score = score - layer.slopes[:, None, None] * torch.where(j < n_free, 0, k.size(2) - 1 - j)
@@ -592,25 +594,22 @@ def last_attended(layer, T: int, rmt: bool, x: Tensor, state, ve) -> Attended:
     positions = torch.arange(T - w.size(-1) + m, T)
     if len(positions) < T and not rmt:
         positions[:layer.n_free] = torch.arange(layer.n_free)
-    return Attended(w[..., :m].sum(-1), w[..., m:], positions)
+    tokens = w.new_zeros(*w.shape[:2], T)
+    tokens[..., positions] = w[..., m:]
+    return w[..., :m].sum(-1), tokens
 
 
 def attention_at(run: Run, x: Tensor, piece: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """layer -> memory (H,) and profile (H,T), summed over the rows of x (B,T). All but the last token are read, then
-    that one alone, while a hook looks at what every attention layer is given."""
-    T, out, state = x.size(1), {}, None
+    """layer -> attention to memory (H,) and to tokens (H,T), summed over the rows of x (B,T). All but the last token
+    are read, then that one alone, while a hook looks at what every attention layer is given."""
+    out, state = {}, None
     for _, _, state in read(run, x[:, :-1], piece):
         pass
 
-    def hook(i):
-        def look(layer, given):
-            found = last_attended(layer, T, run.cfg.memory == "rmt", *given)
-            profile = torch.zeros(found.tokens.size(1), T, dtype=torch.float64)
-            profile[:, found.positions] = found.tokens.sum(0).cpu()
-            out[i] = found.memory.sum(0).cpu(), profile
-        return look
+    def look(i, layer, given):
+        out[i] = tuple(t.sum(0).cpu() for t in last_attended(layer, x.size(1), run.cfg.memory == "rmt", *given))
 
-    hooks = [mixer.register_forward_pre_hook(hook(i)) for i, mixer in attention_layers(run)]
+    hooks = [mixer.register_forward_pre_hook(partial(look, i)) for i, mixer in attention_layers(run)]
     try:
         list(read(run, x[:, -1:], piece, state))
     finally:
@@ -658,16 +657,16 @@ def task_attention(runs, opts):
 
 
 def attention_picture(run, found):
-    """A row a layer (at most four of them), a column a length; for the mosaic also λ against recent attention."""
+    """A row a layer (at most four of them), a column a length; for layers of the mosaic also λ and recent attention."""
     from matplotlib import colormaps
     layers, lengths = (sorted({f[name] for f in found}) for name in ("layer", "length"))
     layers = sorted({layers[round(i * (len(layers) - 1) / 3)] for i in range(4)})
-    leaky = found[0]["leak"] is not None
-    rows, cols = len(layers), len(lengths) + leaky
+    mosaic = any(f["leak"] is not None for f in found)
+    rows, cols = len(layers), len(lengths) + mosaic
     figure, axes = panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
     for f in (f for f in found if f["layer"] in layers):
-        row, (heads, T) = axes[layers.index(f["layer"])], f["profile"].shape
-        ax, shade = row[lengths.index(f["length"])], torch.arange(heads) / heads if f["leak"] is None else f["leak"]
+        row, (heads, T), leaky = axes[layers.index(f["layer"])], f["profile"].shape, f["leak"] is not None
+        ax, shade = row[lengths.index(f["length"])], f["leak"] if leaky else torch.arange(heads) / heads
         colours = [colormaps["viridis"](0.9 * s) for s in shade.tolist()]
         width = max(1, T // 96)                                 # neighbouring positions are averaged for the eye
         shown = f["profile"][:, T % width:].view(heads, -1, width).mean(-1)
@@ -682,6 +681,7 @@ def attention_picture(run, found):
                title=f"layer {f['layer']}, {T:,} tokens{' (trained)' * (T == run.cfg.max_seq_len)}")
         if f["length"] == lengths[0]:
             ax.legend(fontsize=7, frameon=False, ncols=4 if leaky else 2, loc="upper left")
+            row[-1].set_visible(leaky or not mosaic)            # a hybrid's layers of attention have no λ
         if leaky and f["length"] == lengths[0]:
             row[-1].scatter(f["leak"], f["profile"][:, -RECENT:].sum(-1), c=colours, s=45)
             row[-1].set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)",
@@ -823,22 +823,22 @@ def task_speed(runs, opts):
 
 
 def short(number, _=None) -> str:
-    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:g}"
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e3 else f"{number:g}"
 
 
 def speed_picture(shown, first):
     from matplotlib.ticker import LogLocator
     figure, axes = panels(2, 2, (9.5, 7.2))
-    gpu = pick_device(first.cfg).type == "cuda"
-    quantities = {"prefill_tokens_per_second": "prefill (tokens a second)", "ms_per_token": "decoding (ms a token)",
-                  "state_bytes": "state of one sequence (bytes)", "peak_vram_mib" if gpu else "peak_rss_mib":
-                  "peak GPU memory (MiB)" if gpu else "peak memory of the process (MiB)"}
+    memory = (("peak_vram_mib", "peak GPU memory (MiB)") if pick_device(first.cfg).type == "cuda" else
+              ("peak_rss_mib", "peak memory of the process (MiB)"))
+    quantities = (("prefill_tokens_per_second", "prefill (tokens a second)"), ("ms_per_token", "decoding (ms a token)"),
+                  ("state_bytes", "state of one sequence (bytes)"), memory)
     ticks = sorted({p["context"] for _, r in shown for p in r["points"]})[::2]
-    for ax, (name, label) in zip(axes.flat, quantities.items()):
+    for ax, (name, label) in zip(axes.flat, quantities):
         ax.set(xscale="log", xlabel="context (tokens)", ylabel=label)
         for (subject, result), look in zip(shown, looks([s for s, _ in shown])):
             points = [(p["context"], p[name]) for p in result["points"] if name in p]
-            ax.plot(*(zip(*points) if points else ([], [])), label=subject.label, **look)
+            ax.plot(*np.array(points).reshape(-1, 2).T, label=subject.label, **look)
             if points:
                 ax.set_yscale("log", subs=[])                   # an axis without a point can't be logarithmic
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -847,9 +847,9 @@ def speed_picture(shown, first):
         ax.set_xticks(ticks, [f"{t / 1024:g}k" if t >= 1024 else str(t) for t in ticks])
         ax.xaxis.minorticks_off()
         ax.yaxis.set_major_formatter(short)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False,
-                  title="x: the model or the machine goes no further" if any(r["limit"] for _, r in shown) else None)
+    title = "x: the model or the machine goes no further" if any(r["limit"] for _, r in shown) else None
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9,
+                  frameon=False, title=title)
     picture(first, "speed", figure)
 
 

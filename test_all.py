@@ -15,6 +15,7 @@ import functools
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -2350,6 +2351,9 @@ def test_eval_attention_files():
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
         assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert train.main([*SHAPE, "--memory=mosaic", "--memory_layers=0", "--name=hybrid"]) == 0
+        assert [f["leak"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
         assert measured("deltanet", "attention")["layers"] == [] and "no layer" in measure("out/ttt", "--task=attention")[1]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
 
@@ -2424,7 +2428,9 @@ def test_eval_labels_tell_runs_apart():
         train.main([*SHAPE, "--memory=none", "--name=second", "--seed=2"])
         labels = lambda *names: [r.label for r in measuring.open_runs([f"out/{n}" for n in names], measuring.Options())]
         assert labels("none", "rmt") == ["none", "rmt"] and labels("none", "global") == ["none SSSL", "none L"]
-        assert labels("none", "second") == ["none SSSL s1", "none SSSL s2"] and labels("none", "none") == ["none", "none"]
+        assert labels("none", "second") == ["none s1", "none s2"] and labels("none", "none") == ["none", "none"]
+        train.main([*SHAPE, "--memory=rmt", "--name=segments", "--rmt_tokens=0"])
+        assert labels("none", "rmt", "segments") == ["none", "rmt rmt_tokens=3", "rmt rmt_tokens=0"]
 
 
 def test_eval_bad_input():
@@ -2954,6 +2960,11 @@ def test_null_correlation():
     assert math.isnan(analyze.corr([1.0, 1.0], [1.0, 2.0]))
 
 
+def test_numbers_are_short():
+    assert [analyze.human(x) for x in (0, 0.5, 999.4, 999.9, 12345, 999_600, 2_097_176, -4000)] == [
+        "0", "0.5", "999", "1k", "12.3k", "1M", "2.1M", "-4k"]
+
+
 def test_pareto():
     points = [(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (4, 1), (0.5, 9), (5, 0.5)]
     assert analyze.pareto(points) == [0, 1, 4, 5, 6, 7]                  # (3,4) loses to (2,4), (2,6) to (1,5); ties stay
@@ -2984,6 +2995,8 @@ def test_matched_compute():
     assert [r[2] for r in rows] == ["24G FLOPs", "8 minutes"] and [r[5] for r in rows] == ["2.00000", "2.00000"]
     assert [r[7] for r in rows] == ["+0.00 [+0.00, +0.00]", "+500.00 [+500.00, +500.00]"]
     assert analyze.matched_table(cells_of(result(), result("ttt"))[0]) == ""      # no log: no table
+    late, _ = cells_of(*fast, *slow, result("knn", bpb=1.0, log=log[2:]))         # none of it within the budget: said, not left out
+    assert analyze.matched_table(late).count("| knn (SSSL) | 0 | first evaluated later |") == 2
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -3100,7 +3113,7 @@ def test_bad_input_is_one_line():
         (Path(d) / "empty").mkdir()
         write(d, "file", "")
         cases = ([f"{d}/missing"], [f"{d}/bad"], [f"{d}/empty"], [f"{d}/mixed"], [f"{d}/mixed", "--colour=red"], [],
-                 [f"{d}/mixed", "--by=lr", f"--out={d}/file"])
+                 [f"{d}/mixed", "--by=lr", f"--out={d}/file"], [f"{d}/mixed", "--by=lr,n_layers"])
         for args in cases:
             status, out, err = cli(*args)
             assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out, (args, status, out, err)
@@ -3163,7 +3176,7 @@ def test_200_files_without_torch_in_10_seconds():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# README.md: its example of a new memory is a memory
+# README.md: its example of a new memory is a memory, what it quotes stands in the code, what it shows exists
 
 def test_readme_example_of_a_new_memory():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -3181,6 +3194,30 @@ def test_readme_example_of_a_new_memory():
     finally:
         for name in set(MEMORIES) - set(before):
             del MEMORIES[name]
+
+
+def test_readme_quotes_the_code():
+    text, quoted = (ROOT / "README.md").read_text(encoding="utf-8"), 0
+    for block in text.split("```python\n")[1:]:
+        where, _, block = block.split("```")[0].partition("\n")
+        if not (found := re.fullmatch(r"# (\w+\.py), ([\w.]+)", where)):
+            continue
+        scope = importlib.import_module(found[1].removesuffix(".py"))
+        for name in found[2].split("."):
+            scope = getattr(scope, name)
+        code = [line.strip() for line in inspect.getsource(scope).splitlines()]
+        for piece in block.strip().split("\n...\n"):
+            lines = [line.strip() for line in piece.splitlines()]
+            assert any(code[i:i + len(lines)] == lines for i in range(len(code))), f"{where}: {piece}"
+            quoted += 1
+    assert quoted >= len(MEMORIES)
+
+
+def test_readme_shows_what_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"`(results/[\w./-]+)`", text)
+    assert named and not [name for name in named if not (ROOT / name).exists()], named
+    assert len(text.splitlines()) <= 400
 
 
 # ----------------------------------------------------------------------------------------------------------------------

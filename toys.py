@@ -6,8 +6,8 @@ r"""Three toys that show what the memories do: minutes on a laptop, with picture
     python toys.py regbench --automata=100,1000     random automata: figure 11 and table 4
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
-Each trained model leaves one JSON file in out/toys/<toy>/ as soon as it is done; the same command skips what is there, so
-an interrupted one goes on. Figures are PNG files in out/toys/. All training goes through train.fit.
+Each trained model leaves one JSON file in out/toys/moons/, length/ or regbench/ as soon as it is done; the same command
+skips what is there, so an interrupted one goes on. Figures are PNG files in out/toys/. All training is train.fit's.
 
 More commands
     what each change to the moons' recipe buys, and the paper's own recipe (as far as it is known)
@@ -21,15 +21,15 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     tokens between a question and the place that holds its answer
+    distance     tokens from an answer's place back to what it closes, copies or looks up
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; automata never trained on
 
 Reading order
-    settings, jobs           options of each toy, the command line, training many models side by side, tables and figures
-    moons                    the network, the orbits, the 25-step evaluation
-    brackets … recall        the four generators, accuracy by length and by distance
-    regbench                 automata, instances, metrics, in-context n-grams, the published numbers
+    settings, jobs        options of each toy, their flags, training many models side by side, tables and figures
+    moons                 the network, the orbits, the 25-step evaluation
+    brackets … recall     the four generators, accuracy by length and by distance
+    regbench              automata, instances, metrics, in-context n-grams, the published numbers
 
 References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek et al. 2024, 2401.12973), the recall task
 (Arora et al. 2023, 2312.04927), the repository memory-architectures (brackets, copying, repeated elements).
@@ -43,14 +43,14 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, median
@@ -61,15 +61,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, MEMORIES, Config, attend, state_bytes
-from train import Diverged, FitConfig, Parser, UserError, build, fit, opt, parse_value, pick_device, replacing, say
+from train import (Diverged, FitConfig, Parser, UserError, build, count_params, disk, fit, opt, parse_value,
+                   pick_device, replacing, say, uses_bf16)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
-
 @dataclass
 class Toy(FitConfig):
-    """What all toys share, on top of the training's own settings."""
+    """What all toys share, on top of the training's own settings. `toy` is the folder of the results, `identity` the
+    fields that are always part of a result's name."""
     eval_every: int = opt(0, "not used by the toys", "hidden")
     save_every: int = opt(0, "not used by the toys", "hidden")
     compile: str = opt("false", "torch.compile: true or false", "run", ("true", "false"))
@@ -90,23 +91,23 @@ class Moons(Toy):
     periods: str = opt("random", "random: whole numbers, log-uniform; published: the paper's eight triples", "toy",
                        ("random", "published"))
     beta: float = opt(50.0, "inverse temperature of the memories", "toy")
-    sharpen: float = opt(-1.0, "g: keys grow by e^g in training, the kernel narrows; -1 = 1.2, one head 2", "toy", low=-1)
-    skip: int = opt(-1, "first observations without loss, after 30% of the steps; -1 = 100, one head 128", "toy", low=-1)
+    sharpen: float = opt(-1.0, "g: keys grow by e^g, so the kernel narrows; -1 = 1.2, one head 2", "toy", low=-1)
+    skip: int = opt(-1, "observations without loss after 30% of the steps; -1 = 100, one head 128", "toy", low=-1)
     loss_clip: float = opt(0.5, "largest mean squared error an observation can cost", "toy")
     sequences: int = opt(512, "validation sequences", "toy", low=1)
-    steps: int = opt(400, "updates of the weights", low=1)
     optimizer: str = opt("adamw", "adamw", "hidden", ("adamw",))
     lr: float = opt(0.0, "peak learning rate; 0 = 0.03, one head 0.015")
     warmup: int = opt(0, "steps of linear warm-up")
     warmdown: float = opt(1.0, "the share of the steps that decays, linearly", high=1)
     weight_decay: float = opt(0.0, "decoupled weight decay")
     dtype: str = opt("float32", "always", "hidden", ("float32",))
-    identity = ("heads",)       # fields that are always part of a result's name
+    toy, identity = "moons", ("heads",)
 
     def __post_init__(self):
-        self.sharpen = (2.0 if self.heads == 1 else 1.2) if self.sharpen == -1 else self.sharpen
-        self.lr = self.lr or (0.015 if self.heads == 1 else 0.03)
-        self.skip = (128 if self.heads == 1 else 100) if self.skip == -1 else self.skip
+        lr, sharpen, skip = (0.015, 2.0, 128) if self.heads == 1 else (0.03, 1.2, 100)
+        self.lr = self.lr or lr
+        self.sharpen = sharpen if self.sharpen == -1 else self.sharpen
+        self.skip = skip if self.skip == -1 else self.skip
 
 
 @dataclass
@@ -120,10 +121,9 @@ class Length(Toy):
     n_head: int = opt(2, "heads", "toy", low=1)
     pos: str = opt("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
     test_rows: int = opt(64, "test sequences at each length", "toy", low=1)
-    steps: int = opt(400, "updates of the weights", low=1)
     lr: float = opt(6e-3, "peak learning rate, Muon's and AdamW's alike")
     batch_size: int = opt(32, "sequences in a step", low=1)
-    identity = ("task", "model")
+    toy, identity = "length", ("task", "model")
 
 
 @dataclass
@@ -135,68 +135,65 @@ class RegBench(Toy):
     n_embd: int = opt(64, "channels", "toy", low=1)
     n_head: int = opt(4, "heads", "toy", low=1)
     test_automata: int = opt(200, "sequences in each of the three test sets", "toy", low=1)
-    steps: int = opt(400, "updates of the weights", low=1)
-    identity = ("model", "automata")
+    toy, identity = "regbench", ("model", "automata")
 
 
-def label(cfg: Toy, seed: bool = True) -> str:
-    """mosaic-1000-n_layer=4-s1: the toy's own fields, whatever differs from the defaults, the seed."""
-    usual, parts = type(cfg)(**{n: getattr(cfg, n) for n in cfg.identity}), [str(getattr(cfg, n)) for n in cfg.identity]
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.metadata.get("group") not in ("run", "hidden") and f.name not in (*cfg.identity, "seed") \
-                and value != getattr(usual, f.name):
-            parts.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
-    return "-".join(parts + [f"s{cfg.seed}"] * seed)
+def label(cfg: Toy) -> str:
+    """mosaic-1000-n_layer=4-s1: the toy's identity, whatever differs from its defaults, the seed."""
+    identity = {name: getattr(cfg, name) for name in cfg.identity}
+    usual = settings(type(cfg)(**identity, seed=cfg.seed))
+    changed = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+               for name, value in settings(cfg).items() if value != usual[name]]
+    return "-".join([*map(str, identity.values()), *changed, f"s{cfg.seed}"])
 
 
 def settings(cfg: Toy) -> dict:
     """What makes a result another one: all settings but those that only say how it is run."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata.get("group") != "run"}
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["group"] != "run"}
 
 
 def suggest(given: str, known, form: str = "{}") -> str:
     close = difflib.get_close_matches(given, known, 1, 0.5)
-    return f"did you mean {form.format(close[0])}?" if close else ""
+    return f"; did you mean {form.format(close[0])}?" if close else ""
 
 
 def parse(kind: type, argv: list[str], defaults: dict) -> list[Toy]:
     """Flags of one toy -> one configuration for each point of the grid and each seed."""
-    known = [f for f in fields(kind) if f.metadata["group"] != "hidden" and f.name != "seed"]
-    kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in known}
+    known = {f.name: f for f in fields(kind) if f.metadata["group"] != "hidden" and f.name != "seed"}
     parser = Parser(prog="toys.py", usage="toys.py TOY [--key=value ...]", allow_abbrev=False,
                     description="Commas in a value make a grid.")
     groups = {g: parser.add_argument_group(g) for g in ("toy", "optimisation", "run")}
-    for f in known:
-        usual = ",".join(map(str, defaults[f.name])) if f.name in defaults else f.default
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kinds[f.name].upper(),
-                                                 help=f"{f.metadata['help']} (default: {usual})".replace("%", "%%"))
+    for name, f in known.items():
+        usual = ",".join(map(str, defaults.get(name, [f.default])))
+        text = f"{f.metadata['help']} (default: {usual})".replace("%", "%%")
+        groups[f.metadata["group"]].add_argument(f"--{name}", default=argparse.SUPPRESS,
+                                                 metavar=f.type.__name__.upper(), help=text)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument {unknown[0]}; " + (suggest(name, kinds, "--{}=...") or "--help lists the flags"))
-    given = {name: [parse_value(name, kinds[name], v) for v in text.split(",")] for name, text in vars(flags).items()}
-    grid = defaults | given
-    for f in known:
-        if f.metadata["group"] == "run" and len(grid.get(f.name, ())) > 1:
-            raise UserError(f"--{f.name}: expected one value" + "; --seeds=N runs the seeds 1 to N" * (f.name == "seeds"))
-    seeds = range(1, max(grid.get("seeds", [1])[0], 1) + 1)
-    configs = [kind(**dict(zip(grid, point)), seed=seed) for point in itertools.product(*grid.values()) for seed in seeds]
-    for cfg in configs:
+        close = suggest(unknown[0].split("=")[0].lstrip("-").replace("-", "_"), known, "--{}=...")
+        raise UserError(f"unknown argument {unknown[0]}" + (close or "; --help lists the flags"))
+    grid = dict(defaults)
+    for name, text in vars(flags).items():
+        grid[name] = [parse_value(name, known[name].type.__name__, value) for value in text.split(",")]
+        if known[name].metadata["group"] == "run" and len(grid[name]) > 1:
+            raise UserError(f"--{name}: expected one value" + "; --seeds=N runs the seeds 1 to N" * (name == "seeds"))
+    points = [kind(**dict(zip(grid, point))) for point in itertools.product(*grid.values())]
+    for cfg in points:
         check(cfg)
-    return configs
+    return [replace(cfg, seed=seed) for cfg in points for seed in range(1, cfg.seeds + 1)]
 
 
 def check(cfg: Toy) -> None:
+    """Refuses what cannot be trained, before anything is."""
     for f in fields(cfg):
         value, known = getattr(cfg, f.name), f.metadata
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"--{f.name}={value}: expected one of {', '.join(map(str, known['choices']))}")
         if isinstance(value, (int, float)) and not (math.isfinite(value) and known["low"] <= value <= known["high"]):
             raise UserError(f"--{f.name}={value}: expected a number from {known['low']} to {known['high']}")
-    pick_device(cfg)
-    if isinstance(cfg, (Length, RegBench)):
-        architecture(cfg)
+    uses_bf16(cfg)                          # refuses a device that is not here, and a dtype it does not train in
+    if not isinstance(cfg, Moons):
+        count_params(architecture(cfg))     # refuses a network that cannot be built
     elif cfg.skip >= cfg.T - 2:
         raise UserError(f"--skip={cfg.skip}: leaves no observation of T={cfg.T} to learn from; give less")
 
@@ -205,7 +202,7 @@ def check(cfg: Toy) -> None:
 # Many models side by side
 
 class Labelled(io.TextIOBase):
-    """Several workers print to one terminal: each line says whose it is."""
+    """Several workers print to one terminal, so each line says whose it is."""
     def __init__(self, name: str, stream):
         self.name, self.stream = name, stream
 
@@ -216,28 +213,30 @@ class Labelled(io.TextIOBase):
         return len(text)
 
 
-def save_json(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(path: Path, data: bytes) -> None:
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as f:
-        f.write(json.dumps(result, indent=1).encode())
+        f.write(data)
 
 
 def result_path(cfg: Toy) -> Path:
-    return Path(cfg.out_dir, TOY_OF[type(cfg)], label(cfg) + ".json")
+    return Path(cfg.out_dir, cfg.toy, label(cfg) + ".json")
 
 
 def run_one(cfg: Toy) -> dict:
     """Trains and measures one model, and leaves its JSON file."""
     torch.manual_seed(cfg.seed)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with redirect_stdout(Labelled(label(cfg), sys.stdout)):
         result = JOBS[type(cfg)](cfg)
     cuda = pick_device(cfg).type == "cuda"
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    result = dict(toy=TOY_OF[type(cfg)], name=label(cfg), seed=cfg.seed, config=settings(cfg)) | result | dict(
-        seconds=round(time.perf_counter() - start, 1), device=f"{device}, {torch.get_num_threads()} threads",
+    result = dict(toy=cfg.toy, name=label(cfg), seed=cfg.seed, config=settings(cfg)) | result | dict(
+        seconds=round(time.perf_counter() - start, 1), cpu_seconds=time.process_time() - cpu_start,
+        device=f"{device}, {torch.get_num_threads()} threads",
         versions=dict(python=platform.python_version(), torch=torch.__version__))
-    save_json(result_path(cfg), result)
+    save(result_path(cfg), json.dumps(result, indent=1).encode())
     return result
 
 
@@ -249,16 +248,14 @@ def start_worker() -> None:
 def run_all(configs: list[Toy]) -> tuple[list[dict], list[str]]:
     """The results of all configurations, in order, and the names of those that diverged; finished ones are read, the
     others trained on all cores."""
-    results, todo, failed = {}, [], []
-    for i, cfg in enumerate(configs):
+    results, failed = [], []
+    for cfg in configs:
         path = result_path(cfg)
-        found = json.loads(path.read_text()) if path.is_file() else None
-        if found and found["config"] == settings(cfg):
-            results[i] = found
-        else:
-            todo.append(i)
-    if results:
-        say(f"{len(results)} of {len(configs)} models are finished already (delete their JSON files to train them again)")
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        results.append(found if found.get("config") == settings(cfg) else None)
+    todo = [i for i, found in enumerate(results) if found is None]
+    if done := len(configs) - len(todo):
+        say(f"{done} of {len(configs)} models are finished already (delete their JSON files to train them again)")
     cuda = pick_device(configs[0]).type == "cuda"
     workers = min(configs[0].jobs or (1 if cuda else os.cpu_count() or 1), max(len(todo), 1))
     start = time.perf_counter()
@@ -267,15 +264,15 @@ def run_all(configs: list[Toy]) -> tuple[list[dict], list[str]]:
     try:
         futures = {pool.submit(run_one, configs[i]): i for i in todo}
         for done, future in enumerate(as_completed(futures), 1):
-            i, kind = futures[future], type(configs[futures[future]])
-            left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+            i = futures[future]
+            cfg, left = configs[i], (time.perf_counter() - start) / done * (len(todo) - done) / 60
             try:
                 r = results[i] = future.result()
-                said = f"{HEADLINES[kind](r)}  ({r['seconds']:.0f} s"
+                said = f"{HEADLINES[type(cfg)](r)}  ({r['seconds']:.0f} s; "
             except Diverged as e:
-                failed.append(label(configs[i]))
+                failed.append(label(cfg))
                 said = f"{e}  ("
-            say(f"{done}/{len(todo)}  {TOY_OF[kind]} {label(configs[i])}: {said}; about {left:.1f} minutes left)")
+            say(f"{done}/{len(todo)}  {cfg.toy} {label(cfg)}: {said}about {left:.1f} minutes left)")
     except BrokenProcessPool:
         raise UserError("a worker was killed, perhaps for want of memory; finished models are kept, so give the same "
                         "command again with --jobs=1") from None
@@ -285,21 +282,25 @@ def run_all(configs: list[Toy]) -> tuple[list[dict], list[str]]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return [results[i] for i in range(len(configs)) if i in results], failed
+    return [r for r in results if r], failed
 
 
-def grouped(results: list[dict]) -> dict[str, list[dict]]:
-    """By configuration, the seeds together, in the order given."""
+def grouped(results: list[dict]) -> tuple[dict[str, list[dict]], str]:
+    """Results by setting, the seeds together, in the order given; what all settings change in the defaults is not in
+    their names, but returned beside them."""
+    parts = [re.split(r"-(?=\w+=)", r["name"].rsplit("-s", 1)[0]) for r in results]
+    shared = [part for part in parts[0][1:] if all(part in others for others in parts)]
     groups: dict = {}
-    for r in results:
-        groups.setdefault(r["name"].rsplit("-s", 1)[0], []).append(r)
-    return groups
+    for r, some in zip(results, parts):
+        groups.setdefault(", ".join(part for part in some if part not in shared), []).append(r)
+    return groups, f" (all with {', '.join(shared)})" * bool(shared)
 
 
 def print_table(head: list[str], lines: list[list[str]], left: int = 1) -> None:
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     for line in [head, *lines]:
-        say("  " + "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip())
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        say("  " + "  ".join(cells).rstrip())
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers and dashes tell them apart in grey.
@@ -307,25 +308,28 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 MARKERS = "osD^vPX*h"
 
 
-def figure(*size, **layout):
-    import matplotlib  # here, because it takes half a second to import
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.25, "legend.frameon": False})
-    return plt.subplots(figsize=size, layout="constrained", **layout)
+def figure(width: float, height: float):
+    from matplotlib import rcParams  # here, because it takes half a second to import
+    from matplotlib.figure import Figure
+    rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                     "grid.alpha": 0.25, "legend.frameon": False})
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curve(ax, i: int, x, values, name: str) -> None:
+    """The mean over seeds and their range, in style number i; values: the seeds' numbers at each x."""
+    low, middle, high = ([of(v) for v in values] for of in (min, mean, max))
+    dashes, colour = ("-", "--", ":")[(i + i // 9) % 3], COLOURS[i % 9]
+    ax.plot(x, middle, color=colour, marker=MARKERS[i % 9], ms=5, lw=1.6, ls=dashes, label=name)
+    ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+    ax.vlines(x, low, high, color=colour, lw=1)
 
 
 def save_figure(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as f:
-        fig.savefig(f, format="png", dpi=110)
-    plt.close(fig)
-    PICTURES.append(str(path))
-
-
-PICTURES: list[str] = []  # written by this run, named at its end
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110)
+    save(path, picture.getvalue())
+    say(f"drawn: {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,8 +346,8 @@ class MoonsNet(nn.Module):
 
         k_t = W_φ x_t    v_t = W_ψ x_{t+1}    y_t = Σ_{i<t} softmax_i(β Re⟨k_t, k_i⟩) v_i    x̂_{t+1} = W_z y_t
 
-    The 3 complex numbers of k, v and y are one head of 6 real dimensions, or three heads of 2. forward is the loss of a
-    batch: the squared error of each observation clipped at loss_clip, from observation `first` on, with keys times e^g."""
+    The 3 complex numbers of k, v and y are one head of 6 real dimensions, or three heads of 2. forward is a batch's
+    loss: each observation's squared error clipped at loss_clip, from `first` on, with keys times e^g."""
     def __init__(self, cfg: Moons):
         super().__init__()
         self.cfg = cfg
@@ -375,10 +379,9 @@ class MoonsNet(nn.Module):
         memory stays at the n - 1 pairs that n observations make."""
         phi, psi, _ = self.matrices()
         keys, values, errors = self.heads(x @ phi.T), self.heads(x[:, 1:] @ psi.T), []
-        for some in (contexts[i:i + 16] for i in range(0, len(contexts), 16)):
-            n = torch.tensor(some)
-            K, V = keys[:, :, :max(some) - 1], values[:, :, :max(some) - 1]
-            mask = torch.arange(K.size(2)) < n[:, None] - 1                                     # (G,pairs)
+        for n in torch.tensor(contexts).split(16):
+            K, V = keys[:, :, :n.max() - 1], values[:, :, :n.max() - 1]
+            mask = torch.arange(K.size(2)) < n[:, None] - 1                                     # (16,pairs)
             now, error = x[:, n - 1], 0.0
             for step in range(horizon):
                 y = F.scaled_dot_product_attention(self.heads(now @ phi.T), K, V, attn_mask=mask, scale=self.cfg.beta)
@@ -392,19 +395,18 @@ def same_ratios(p) -> bool:
     return tuple(sorted(v // math.gcd(*p) for v in p)) == VALIDATION
 
 
-@lru_cache
-def short_systems() -> list[tuple[int, ...]]:
-    """One head can predict nothing before the lcm of the three periods: systems whose lcm fits twice into a sequence."""
-    return [p for lcm in range(40, 127) for p in itertools.permutations([d for d in range(4, lcm) if lcm % d == 0], 3)
-            if math.lcm(*p) == lcm and not same_ratios(p)]
+# One head can predict nothing before the lcm of the periods: these are the systems whose lcm fits twice into T = 256.
+SHORT_SYSTEMS = [p for lcm in range(40, 127)
+                 for p in itertools.permutations([d for d in range(4, lcm) if lcm % d == 0], 3)
+                 if math.lcm(*p) == lcm and not same_ratios(p)]
 
 
 def draw_periods(rng, cfg: Moons) -> np.ndarray:
-    """Three periods to train on. Whole numbers, and never in the ratios of the validation set."""
+    """Three periods to train on, never in the ratios of the validation set; whole numbers unless published."""
     if cfg.periods == "published":
         return np.array(PUBLISHED[rng.integers(len(PUBLISHED))]) * cfg.T / (3 * LCM)
     if cfg.heads == 1:
-        return np.array(short_systems()[rng.integers(len(short_systems()))])
+        return np.array(SHORT_SYSTEMS[rng.integers(len(SHORT_SYSTEMS))])
     while True:
         p = np.exp(rng.uniform(math.log(12), math.log(81), 3)).astype(int)
         if len(set(p)) == 3 and not same_ratios(p.tolist()):
@@ -419,10 +421,10 @@ def orbits(rng, periods: np.ndarray, T: int) -> Tensor:
 
 
 def moons_batch(step: int, cfg: Moons) -> tuple[Tensor, Tensor, Tensor]:
-    """Observations, the sharpening g of this step and the first observation that counts, a row each."""
-    rng = np.random.default_rng([cfg.seed, step])
+    """Observations, the sharpening g of this step and the first observation that counts: the same in every row, because
+    fit splits a batch by its rows."""
+    rng, done = np.random.default_rng([cfg.seed, step]), step / cfg.steps
     x = orbits(rng, np.stack([draw_periods(rng, cfg) for _ in range(cfg.batch_size)]), cfg.T)
-    done = step / cfg.steps
     g = cfg.sharpen * min(max((done - 0.3) / 0.5, 0.0), 1.0)
     return x, torch.full((len(x),), g), torch.full((len(x),), cfg.skip if done > 0.3 else 0)
 
@@ -437,86 +439,81 @@ def disentangled(phi: Tensor, psi: Tensor, z: Tensor) -> tuple[bool, float]:
 
 
 def moons_job(cfg: Moons) -> dict:
-    net = MoonsNet(cfg)
-    start = time.process_time()
+    net, start = MoonsNet(cfg), time.process_time()
     history = fit(net, lambda step: moons_batch(step, cfg), cfg)
     train_seconds = time.process_time() - start
     net.cpu()
     with torch.no_grad():
         net.phi *= math.exp(cfg.sharpen)  # the narrow kernel, folded into the keys: β is the paper's again
-    periods = np.array(VALIDATION) * UNIT
-    x = orbits(np.random.default_rng(0), np.tile(periods, (cfg.sequences, 1)), LONG)
+    periods = [p * UNIT for p in (*VALIDATION, LCM)]    # the moons', and the whole system's
+    x = orbits(np.random.default_rng(0), np.tile(periods[:3], (cfg.sequences, 1)), LONG)
     contexts = list(range(2, 300, 4)) + list(range(300, LONG - 25, 25))
     error = net.rollout_error(x, contexts).tolist()
-
-    def between(a, b):      # from two observations after the event to the next one
-        return mean(e for n, e in zip(contexts, error) if a + 2 <= n <= b)
-    p1, p2, p3, lcm = *periods, UNIT * LCM
-    stairs = [between(0, p1), between(p1, p2), between(p2, p3), between(p3, lcm), between(lcm, LONG)]
-    ok, share = disentangled(*net.matrices())
-    return dict(contexts=contexts, error=error, periods=[*periods, lcm], stairs=stairs, smallest_share=share,
-                disentangled=ok and cfg.heads == 3, converged=stairs[3 if cfg.heads == 3 else 4] < 0.05,
+    stairs = [mean(e for n, e in zip(contexts, error) if a + 2 <= n <= b)  # two observations past a period to the next
+              for a, b in itertools.pairwise([0, *periods, LONG])]
+    apart, share = disentangled(*net.matrices())
+    return dict(contexts=contexts, error=error, periods=periods, stairs=stairs, smallest_share=share,
+                disentangled=apart and cfg.heads == 3, converged=stairs[3 if cfg.heads == 3 else 4] < 0.05,
                 matrices=[torch.view_as_real(m).tolist() for m in net.matrices()], final_loss=history[-1]["loss"],
-                train_cpu_seconds=train_seconds, cpu_seconds=time.process_time() - start)
+                train_cpu_seconds=train_seconds)
 
 
 def report_moons(results: list[dict], out: Path) -> list[list[str]]:
+    groups, common = grouped(results)
+    groups = {name[0] + (" heads" if name[0] == "3" else " head") + name[1:]: rs for name, rs in groups.items()}
     lines, seen = [], []
-    for name, rs in grouped(results).items():
+    for name, rs in groups.items():
         stairs = [median(r["stairs"][i] for r in rs) for i in range(5)]
-        three = rs[0]["config"]["heads"] == 3
-        n, good, apart = len(rs), sum(r["converged"] for r in rs), sum(r["disentangled"] for r in rs)
-        lines.append([name, *(f"{s:.3f}" for s in stairs), f"{good}/{n}", f"{apart}/{n}" if three else "-",
-                      f"{max(r['cpu_seconds'] for r in rs):.0f}"])
-        if three:
-            steps = " ".join(f"{s:.2f}" for s in stairs[:3])
-            seen.append([f"moons, {name}", "error drops as each moon's period ends, small after the slowest",
-                         f"{steps} then {stairs[3]:.3f}; disentangled {apart} of {n}"])
+        good, apart = (f"{sum(r[key] for r in rs)}/{len(rs)}" for key in ("converged", "disentangled"))
+        if name[0] == "3":
+            said = "error drops as each moon's period ends, small after the slowest"
+            here = " ".join(f"{s:.2f}" for s in stairs[:3]) + f" then {stairs[3]:.3f}; disentangled {apart}"
         else:
-            seen.append([f"moons, {name}", "accurate only after the least common multiple",
-                         f"{stairs[3]:.2f} before, {stairs[4]:.3f} after"])
-    say("\nThree moons: mean absolute error of 25 steps, median over seeds, by the observations in memory")
+            said = "accurate only after the least common multiple"
+            here = f"{stairs[3]:.2f} before, {stairs[4]:.3f} after"
+        lines.append([name, *(f"{s:.3f}" for s in stairs), good, apart if name[0] == "3" else "-",
+                      f"{max(r['cpu_seconds'] for r in rs):.0f}"])
+        seen.append([f"moons, {name}", said, here])
+    say(f"\nThree moons{common}: mean absolute error of 25 steps, median over seeds, by the observations in memory")
     print_table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled", "cpu s"], lines)
-    plot_moons(results, out)
+    plot_moons(groups, out)
     return seen
 
 
-def plot_moons(results: list[dict], out: Path) -> None:
-    first = list({r["config"]["heads"]: r for r in reversed(results)}.values())[::-1]
-    fig, axes = figure(9, 3.2 * len(first), nrows=len(first), squeeze=False, sharex=True)
-    for ax, shown in zip(axes[:, 0], first):
-        heads = shown["config"]["heads"]
-        for r in results:
-            if r["config"] == shown["config"] | {"seed": r["seed"]}:
-                width, alpha = (2, 1) if r is shown else (0.7, 0.4)
-                ax.plot(r["contexts"], r["error"], color=COLOURS[5], lw=width, alpha=alpha)
-        for p, text in zip(shown["periods"], ("fast", "middle", "slow", "lcm")):
-            ax.axvline(p, color=COLOURS[4] if text == "lcm" else COLOURS[0], ls="-" if text == "lcm" else "--", lw=1.2)
+def plot_moons(groups: dict[str, list[dict]], out: Path) -> None:
+    """Every seed's error against the context, the first in bold; the matrices of the first network with three heads."""
+    fig = figure(9, 3.2 * len(groups))
+    axes = fig.subplots(len(groups), squeeze=False, sharex=True, sharey=True)[:, 0]
+    for ax, (name, rs) in zip(axes, groups.items()):
+        for i, r in enumerate(rs):
+            ax.plot(r["contexts"], r["error"], color=COLOURS[5], lw=0.7 if i else 2, alpha=0.4 if i else 1)
+        for p, colour, dashes in zip(rs[0]["periods"], [COLOURS[0]] * 3 + [COLOURS[4]], ["--"] * 3 + ["-"]):
+            ax.axvline(p, color=colour, ls=dashes, lw=1.2)
             ax.text(p + 4, 0.75, f"{p:.0f}", transform=ax.get_xaxis_transform(), fontsize=10)
-        ax.set(ylim=(0, None), xlim=(0, LONG - 25), ylabel="error of the next 25 steps\n(mean absolute deviation)",
-               title=f"{heads} head{'s' * (heads > 1)}")
-    axes[-1, 0].set_xlabel("observations in memory (dashed: each moon's period; solid: their least common multiple)")
+        ax.set(ylim=(0, None), xlim=(0, LONG - 25), title=name, ylabel="mean absolute deviation\nof the next 25 steps")
+    ax.set_xlabel("observations in memory (dashed: each moon's period; solid: their least common multiple)")
     save_figure(fig, out / "moons.png")
-    shown = next((r for r in results if r["config"]["heads"] == 3), None)
-    if shown:
-        fig, axes = figure(8.5, 3.1, ncols=3)
-        for ax, m, name, labels in zip(axes, shown["matrices"], ("$W_φ$ (keys)", "$W_ψ$ (values)", "$W_z$ (output)"),
-                                       (("moon", "head"), ("moon", "head"), ("head", "moon"))):
-            size = np.hypot(*np.moveaxis(np.array(m), -1, 0))
-            image = ax.imshow(size / size.max(), cmap="cividis", vmin=0, vmax=1)
-            ax.set(title=name, xlabel=labels[0], ylabel=labels[1], xticks=range(3), yticks=range(3),
-                   xticklabels=(1, 2, 3), yticklabels=(1, 2, 3))
+    three = [(f"{name}, seed {rs[0]['seed']}", rs[0]["matrices"]) for name, rs in groups.items() if name[0] == "3"]
+    if three:
+        fig = figure(8.5, 3.4)
+        fig.suptitle(three[0][0])
+        axes = fig.subplots(1, 3)
+        for ax, matrix, title in zip(axes, three[0][1], ("$W_φ$ keys", "$W_ψ$ values", "$W_z$ output")):
+            size = np.hypot(*np.moveaxis(np.array(matrix), -1, 0))
+            image = ax.imshow(size / size.max(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, 3.5, 3.5, 0.5))
+            ax.set(title=title, xlabel="moon", ylabel="head", xticks=(1, 2, 3), yticks=(1, 2, 3))
             ax.grid(False)
+        axes[2].set(xlabel="head", ylabel="moon")
         fig.colorbar(image, ax=axes, label="|weight|, the largest = 1")
         save_figure(fig, out / "moons-matrices.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# brackets, copy, repeat, recall: a generator returns x, y, distance (T,) of one sequence; y is -1 where nothing is asked
+# brackets, copy, repeat, recall: a generator returns one sequence's x, y, distance (T,); y = -1 where nothing is asked
 
 def bracket_word(rng, n: int, depth: int) -> list[int]:
-    """n tokens: balanced brackets of 8 kinds (openers 1-8, closers 9-16) nested at most `depth` deep, and blanks (0). Any
-    length that fits is as likely for a pair, so that far matches are frequent."""
+    """n tokens: balanced brackets of 8 kinds (openers 1-8, closers 9-16) nested at most `depth` deep, and blanks (0).
+    Every length that fits is as likely for a pair, so that far matches are frequent."""
     word: list[int] = []
     while (left := n - len(word)) > 0:
         if depth == 0 or left < 2:
@@ -549,39 +546,30 @@ def copy(rng, T: int):
         x   c a b f . . . . . | c a b         (strings of 4 for the picture)
         y                     c a b f         distance 10
     """
-    word, asked = [], []  # built from the end, so that the last gap may be anything up to the whole sequence
+    word, y, distance = [], [], []  # built from the end, so that the last gap may be anything up to the whole sequence
     while T - len(word) >= 17:
         gap, string = rng.randint(0, T - len(word) - 17), [rng.randint(2, 17) for _ in range(8)]
-        asked = [(t + 17 + gap, d) for t, d in asked]
-        asked += [(8 + gap + i, gap + 9) for i in range(8)]
         word = string + [0] * gap + [1] + string + word
-    pad = T + 1 - len(word)
-    word = [0] * pad + word
-    y, distance = [-1] * T, [0] * T
-    for t, d in asked:
-        if t + pad < T:
-            y[t + pad], distance[t + pad] = word[t + pad + 1], d
-    return word[:T], y, distance
+        y = [-1] * (8 + gap) + string + [-1] + y
+        distance = [0] * (8 + gap) + [gap + 9] * 8 + [0] + distance
+    rest = T + 1 - len(word)
+    return ([0] * rest + word)[:T], ([-1] * rest + y)[:T], ([0] * rest + distance)[:T]
 
 
 def repeat(rng, T: int):
-    """Has this element (2-289) been here before? Half of them have, as long ago as you like (log-uniform).
+    """Has this element (2-289) been here before? Half of them have, as long ago as you like (log-uniform); once all 288
+    have been used, all of them.
 
         x   k  d  a  d  q  k
         y   0  0  0  1  0  1                  distance of the last answer: 5
     """
-    fresh = rng.sample(range(2, 290), 288)
-    word, y, distance = [], [], []
+    fresh, word, rows = rng.sample(range(2, 290), 288), [], []
     for t in range(T):
         back = int(t ** rng.random()) if t else 0
-        if t == 0 or fresh and rng.random() < 0.5:
-            word.append(fresh.pop())
-            y.append(0)
-        else:
-            word.append(word[t - max(back, 1)])
-            y.append(1)
-        distance.append(word[-2::-1].index(word[-1]) + 1 if y[-1] else 0)
-    return word, y, distance
+        new = t == 0 or bool(fresh) and rng.random() < 0.5
+        word.append(fresh.pop() if new else word[t - back])
+        rows.append((word[t], int(not new), 0 if new else word[-2::-1].index(word[t]) + 1))
+    return zip(*rows)
 
 
 def recall(rng, T: int):
@@ -591,25 +579,25 @@ def recall(rng, T: int):
         x   a=7  b=3  a?   a=5  b?   a?       distance of the last answer: 2
         y             7         3    5
     """
-    value, written, word, y, distance = {}, {}, [], [], []
+    written, rows = {}, []
     for t in range(T):
         key = rng.randrange(16)
-        if key in value and rng.random() < 0.5:
-            word.append(8 + key)
-            y.append(value[key])
-            distance.append(t - written[key])
+        if key in written and rng.random() < 0.5:
+            value, then = written[key]
+            rows.append((8 + key, value, t - then))
         else:
-            value[key], written[key] = rng.randrange(8), t
-            word.append(24 + 8 * key + value[key])
-            y.append(-1)
-            distance.append(0)
-    return word, y, distance
+            value = rng.randrange(8)
+            written[key] = value, t
+            rows.append((24 + 8 * key + value, -1, 0))
+    return zip(*rows)
 
 
 TASKS = {"brackets": (brackets, 17), "copy": (copy, 18), "repeat": (repeat, 290), "recall": (recall, 152)}  # vocabulary
-LENGTH_MODELS = {"local": dict(window="S"), "global": dict(window="L"), "rmt0": dict(memory="rmt", rmt_tokens=0),
-                 "persistent": dict(memory="persistent", window="S")}
-DISTANCES = [1, 16, 32, 64, 128, 256, 512]
+# Names of models -> settings of their Config: attention to compare with, then every memory.
+WITH_MEMORY = {m: dict(memory=m) for m in MEMORIES if m != "none"}
+REGBENCH_MODELS = {pos: dict(pos=pos) for pos in ("rope", "learned", "none")} | WITH_MEMORY
+LENGTH_MODELS = {"local": dict(window="S"), "global": {}, "rmt0": dict(memory="rmt", rmt_tokens=0)} | WITH_MEMORY
+LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
 
 
 class LocalConfig(Config):
@@ -619,101 +607,93 @@ class LocalConfig(Config):
 
 
 def architecture(cfg: Length | RegBench) -> Config:
-    """Model names are memories, or the attention models each toy compares them with."""
-    extra = LENGTH_MODELS if isinstance(cfg, Length) else REGBENCH_MODELS
-    names = [*dict.fromkeys([*extra, *(m for m in MEMORIES if m != "none")])]
-    if cfg.model not in names:
-        raise UserError(f"--model={cfg.model}: expected one of {', '.join(names)}; {suggest(cfg.model, names)}".rstrip("; "))
-    shape = dict(n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head, max_seq_len=cfg.T)
-    if isinstance(cfg, Length):
-        shape |= dict(vocab_size=TASKS[cfg.task][1], short_window=cfg.window, rmt_segment=cfg.window, pos=cfg.pos)
-        if cfg.model.startswith("rmt") and cfg.T % cfg.window:
-            raise UserError(f"--window={cfg.window}: T={cfg.T} is not a multiple of it, so rmt's segments do not fit")
-        return build(LocalConfig, **shape | dict(window="L") | extra.get(cfg.model, dict(memory=cfg.model)))
-    return build(Config, **shape | dict(vocab_size=20, window="L") | extra.get(cfg.model, dict(memory=cfg.model)))
+    models = LENGTH_MODELS if isinstance(cfg, Length) else REGBENCH_MODELS
+    if cfg.model not in models:
+        raise UserError(f"--model={cfg.model}: expected one of {', '.join(models)}{suggest(cfg.model, models)}")
+    shape = dict(n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head, max_seq_len=cfg.T, window="L")
+    if isinstance(cfg, RegBench):
+        return build(Config, **shape | dict(vocab_size=20) | models[cfg.model])
+    if cfg.model.startswith("rmt") and cfg.T % cfg.window:
+        raise UserError(f"--window={cfg.window}: T={cfg.T} is not a multiple of it, so rmt's segments do not fit")
+    shape |= dict(vocab_size=TASKS[cfg.task][1], short_window=cfg.window, rmt_segment=cfg.window, pos=cfg.pos)
+    return build(LocalConfig, **shape | models[cfg.model])
 
 
-def length_batch(task: str, rows: int, T: int, *seed: int) -> list[Tensor]:
+def length_batch(task: str, rows: int, T: int, *seed: int) -> tuple[Tensor, ...]:
     """x, y, distance (rows,T) int64, a function of the arguments alone."""
     rng = random.Random(repr((task, T, *seed)))
     made = [TASKS[task][0](rng, T) for _ in range(rows)]
-    return [torch.tensor(column) for column in zip(*made)]
+    return tuple(torch.tensor(column) for column in zip(*made))
 
 
-@torch.no_grad()
-def answers(model: GPT, task: str, rows: int, T: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    """Test sequences of length T: asked (rows,T) bool, whether the greedy answer is right, its distance."""
-    x, y, distance = length_batch(task, rows, T, 0, 0)
-    guess = torch.cat([model.stream(part.to(device))[0].argmax(-1).cpu() for part in x.split(32)])
-    return y >= 0, guess == y, distance
+def share(right: Tensor, asked: Tensor) -> float:
+    """Of what is asked, how much is right; 0 where nothing is asked."""
+    return (right & asked).sum().item() / max(1, asked.sum().item())
 
 
 def length_job(cfg: Length) -> dict:
-    device, model = pick_device(cfg), GPT(architecture(cfg))
-    start = time.process_time()
-    fit(model, lambda step: tuple(length_batch(cfg.task, cfg.batch_size, cfg.T, cfg.seed, step + 1)[:2]), cfg)
+    device, model, start = pick_device(cfg), GPT(architecture(cfg)), time.process_time()
+    fit(model, lambda step: length_batch(cfg.task, cfg.batch_size, cfg.T, cfg.seed, step + 1)[:2], cfg)
     train_seconds = time.process_time() - start
     model.eval()
-    lengths, accuracy, states = [cfg.T * k for k in (1, 2, 4, 8)], [], []
+    lengths, accuracy, states, bins = [cfg.T * k for k in (1, 2, 4, 8)], [], [], [1, 16]
     for T in lengths:
-        asked, right, distance = answers(model, cfg.task, cfg.test_rows, T, device)
-        last = asked & (torch.arange(T) >= T - cfg.T)
-        accuracy.append((right & last).sum().item() / last.sum().item())
+        x, y, distance = length_batch(cfg.task, cfg.test_rows, T, 0, 0)
         with torch.no_grad():
-            states.append(state_bytes(model.stream(torch.zeros(1, T, dtype=torch.long, device=device))[1]))
-    by_distance = []
-    for a, b in zip(DISTANCES, DISTANCES[1:]):
+            guess = torch.cat([model.stream(part.to(device))[0].argmax(-1).cpu() for part in x.split(32)])
+            states.append(state_bytes(model.stream(x[:1].to(device))[1]))
+        asked, right = y >= 0, guess == y
+        accuracy.append(share(right, asked & (torch.arange(T) >= T - cfg.T)))
+    while bins[-1] < lengths[-1]:
+        bins.append(2 * bins[-1])
+    by_distance = []                                            # these and far_accuracy: at the longest length
+    for a, b in itertools.pairwise(bins):
         some = asked & (distance >= a) & (distance < b)
-        by_distance.append(dict(distance=[a, b - 1], asked=some.sum().item(),
-                                accuracy=(right & some).sum().item() / max(1, some.sum().item())))
+        by_distance.append(dict(distance=[a, b - 1], asked=some.sum().item(), accuracy=share(right, some)))
     far = asked & (distance >= 2 * cfg.window)
     return dict(lengths=lengths, accuracy=accuracy, by_distance=by_distance, state_bytes=states,
-                far_accuracy=(right & far).sum().item() / max(1, far.sum().item()),
-                parameters=sum(p.numel() for p in model.parameters()), train_cpu_seconds=train_seconds,
-                cpu_seconds=time.process_time() - start)
+                far_accuracy=share(right, far) if far.any() else None,
+                parameters=sum(p.numel() for p in model.parameters()), train_cpu_seconds=train_seconds)
 
 
 def report_length(results: list[dict], out: Path) -> list[list[str]]:
     seen = []
     for task in dict.fromkeys(r["config"]["task"] for r in results):
-        groups = grouped([r for r in results if r["config"]["task"] == task])
+        groups, common = grouped([r for r in results if r["config"]["task"] == task])
         groups = {name.removeprefix(task + "-"): rs for name, rs in groups.items()}
-        lengths, window = results[0]["lengths"], results[0]["config"]["window"]
-        say(f"\n{task}: accuracy in the last {lengths[0]} tokens, trained at {lengths[0]}, mean over seeds; far = answers "
-            f"at least {2 * window} tokens back, at {lengths[-1]}")
-        average = {name: [mean(r["accuracy"][i] for r in rs) for i in range(4)] for name, rs in groups.items()}
-        print_table(["model", *(f"at {n}" for n in lengths), "far", "seeds", "parameters", f"state at {lengths[0]}",
-                     f"state at {lengths[-1]}", "cpu s"],
-                    [[name, *(f"{a:.3f}" for a in average[name]), f"{mean(r['far_accuracy'] for r in rs):.3f}",
-                      str(len(rs)), f"{rs[0]['parameters']:,}", f"{rs[0]['state_bytes'][0]:,}",
-                      f"{rs[0]['state_bytes'][-1]:,}", f"{mean(r['cpu_seconds'] for r in rs):.0f}"]
-                     for name, rs in groups.items()])
-        plot_length(task, groups, out)
-        said = "a memory keeps its accuracy on longer sequences, attention loses it sooner"
-        here = ", ".join(f"{name} {a[-1]:.2f}" for name, a in average.items())
-        seen.append([f"{task}, {lengths[-1]} tokens", said, here])
+        trained = ", ".join(dict.fromkeys(str(r["config"]["T"]) for rs in groups.values() for r in rs))
+        lines, here = [], []
+        for name, rs in groups.items():
+            accuracy = [f"{mean(a):.3f}" for a in zip(*(r["accuracy"] for r in rs))]
+            far = "-" if rs[0]["far_accuracy"] is None else f"{mean(r['far_accuracy'] for r in rs):.3f}"
+            sizes = (f"{n:,}" for n in (rs[0]["parameters"], rs[0]["state_bytes"][0], rs[0]["state_bytes"][-1]))
+            lines.append([name, *accuracy, far, str(len(rs)), *sizes, f"{mean(r['cpu_seconds'] for r in rs):.0f}"])
+            here.append(f"{name} {accuracy[-1]}")
+        say(f"\n{task}, trained at T = {trained}{common}: accuracy in the last T tokens, mean over seeds; far = at 8T, "
+            "answers two windows back or more")
+        print_table(["model", "at T", "at 2T", "at 4T", "at 8T", "far", "seeds", "parameters", "state at T",
+                     "state at 8T", "cpu s"], lines)
+        plot_length(task, trained, groups, out)
+        seen.append([f"{task}, at 8T", "a memory keeps its accuracy, attention loses it sooner", "; ".join(here)])
     return seen
 
 
-def plot_length(task: str, groups: dict, out: Path) -> None:
-    fig, (left, right) = figure(10, 4.2, ncols=2, sharey=True)
+def plot_length(task: str, trained: str, groups: dict[str, list[dict]], out: Path) -> None:
+    fig = figure(10, 4.2)
+    left, right = fig.subplots(1, 2, sharey=True)
     for i, (name, rs) in enumerate(groups.items()):
-        style = dict(color=COLOURS[i % 9], marker=MARKERS[i % 9], ms=5, lw=1.6, ls=("-", "--", ":")[i % 3], label=name)
-        many = [i for i, b in enumerate(rs[0]["by_distance"]) if b["asked"] >= 20]
-        middle = [math.sqrt(math.prod(rs[0]["by_distance"][i]["distance"])) for i in many]
-        for ax, x, values in ((left, rs[0]["lengths"], [r["accuracy"] for r in rs]),
-                              (right, middle, [[r["by_distance"][i]["accuracy"] for i in many] for r in rs])):
-            ax.plot(x, np.mean(values, 0), **style)
-            ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=style["color"], alpha=0.12, lw=0)
-    lengths = rs[0]["lengths"]
-    left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {lengths[0]})", ylabel="accuracy",
-             title=f"{task}: last {lengths[0]} tokens", ylim=(-0.02, 1.02))
-    left.set_xticks(lengths, lengths, minor=False)
-    left.minorticks_off()
-    right.set(xscale="log", xlabel="distance of the answer, tokens", title=f"{task}: all of {lengths[-1]} tokens")
-    right.set_xticks([4, 16, 64, 256], [4, 16, 64, 256])
-    right.minorticks_off()
-    fig.legend(*left.get_legend_handles_labels(), loc="outside right center")
+        curve(left, i, rs[0]["lengths"], list(zip(*(r["accuracy"] for r in rs))), name)
+        bins = [bs for bs in zip(*(r["by_distance"] for r in rs)) if bs[0]["asked"] >= 20]     # fewer would be noise
+        middle = [math.prod(bs[0]["distance"]) ** 0.5 for bs in bins]
+        curve(right, i, middle, [[b["accuracy"] for b in bs] for bs in bins], name)
+    left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
+             ylim=(-0.02, 1.02), title=f"{task}: last {trained} tokens")
+    right.set(xscale="log", xlabel="distance of the answer, tokens", title=f"{task}: the longest sequences")
+    ticks = sorted({n for rs in groups.values() for n in rs[0]["lengths"]})
+    for ax, ticks in ((left, ticks), (right, [4, 16, 64, 256])):
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+    fig.legend(*left.get_legend_handles_labels(), loc="outside right center", title="mean and range\nof the seeds")
     save_figure(fig, out / f"{task}.png")
 
 
@@ -721,7 +701,6 @@ def plot_length(task: str, groups: dict, out: Path) -> None:
 # regbench
 
 SYMBOLS, SEP, PAD = 18, 18, 19
-REGBENCH_MODELS = {"rope": dict(pos="rope"), "learned": dict(pos="learned"), "none": dict(pos="none")}
 Automaton = tuple[dict[int, int], ...]  # for each state, symbol -> next state, all equally likely; the start is state 0
 
 
@@ -729,21 +708,18 @@ def minimal(automaton: Automaton) -> Automaton:
     """The smallest automaton with the same distribution over strings, its states numbered by a breadth-first search in
     symbol order: two automata are the same language exactly if their minimal forms are equal.
 
-    Moore's algorithm: states start in one class per set of symbols (which fixes the uniform distribution) and classes are
-    split until all states of one go to the same classes by the same symbols. Unreachable states are left out."""
-    classes, n = {q: tuple(sorted(edges)) for q, edges in enumerate(automaton)}, 0
-    while len(set(classes.values())) != n:
-        n = len(set(classes.values()))
-        split = {q: (classes[q], tuple((a, classes[p]) for a, p in sorted(automaton[q].items()))) for q in classes}
-        number = {c: i for i, c in enumerate(dict.fromkeys(split.values()))}
-        classes = {q: number[c] for q, c in split.items()}
-    order, queue = {classes[0]: 0}, [0]
-    for q in queue:                                             # one state of each class, as they are reached
+    Moore's algorithm: all states start in one class, and a class is split until its states go to the same classes by
+    the same symbols (whose set fixes the uniform distribution). Unreachable states are left out."""
+    classes = [0] * len(automaton)
+    for _ in automaton:                                         # as many rounds as states split all there is to split
+        rows = [sorted((a, classes[p]) for a, p in edges.items()) for edges in automaton]
+        classes = [rows.index(row) for row in rows]             # a class is named after its first state
+    order = [0]
+    for q in order:                                             # grows while it is read
         for _, p in sorted(automaton[q].items()):
             if classes[p] not in order:
-                order[classes[p]] = len(order)
-                queue.append(p)
-    return tuple({a: order[classes[p]] for a, p in sorted(automaton[q].items())} for q in queue)
+                order.append(classes[p])
+    return tuple({a: order.index(classes[p]) for a, p in sorted(automaton[q].items())} for q in order)
 
 
 def draw_automaton(rng) -> Automaton:
@@ -762,30 +738,26 @@ def draw_automaton(rng) -> Automaton:
 
 def draw_automata(seed: int, counts: list[int]) -> list[list[Automaton]]:
     """Lists of that many automata; no language is in two places."""
-    rng, seen, made = random.Random(seed), set(), []
+    rng, made = random.Random(seed), {}
     while len(made) < sum(counts):
         automaton = draw_automaton(rng)
-        key = tuple(tuple(edges.items()) for edges in automaton)
-        if key not in seen:
-            seen.add(key)
-            made.append(automaton)
-    ends = list(itertools.accumulate(counts))
-    return [made[end - n:end] for n, end in zip(counts, ends)]
+        made.setdefault(repr(automaton), automaton)
+    rest = iter(made.values())
+    return [list(itertools.islice(rest, n)) for n in counts]
 
 
 def instance(rng, automaton: Automaton, T: int) -> tuple[list[int], list[int]]:
     """10-19 strings of 1-49 symbols with separators between them, cut to T + 1 tokens -> tokens, and for each the state
     that emitted it (-1 for a separator)."""
-    tokens, states = [], []
+    emitted = []
     for _ in range(rng.randint(10, 19)):
         q = 0
         for _ in range(rng.randint(1, 49)):
-            tokens.append(rng.choice(list(automaton[q])))
-            states.append(q)
-            q = automaton[q][tokens[-1]]
-        tokens.append(SEP)
-        states.append(-1)
-    return tokens[:-1][:T + 1], states[:-1][:T + 1]
+            a = rng.choice(list(automaton[q]))
+            emitted.append((a, q))
+            q = automaton[q][a]
+        emitted.append((SEP, -1))
+    return tuple(map(list, zip(*emitted[:-1][:T + 1])))
 
 
 class Instances:
@@ -811,8 +783,8 @@ def score(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
         accuracy    is the likeliest next token one that the automaton allows in its present state?
         tvd         ½ Σ_a |p(a) - q(a)|, p the automaton's distribution over the next symbol, q the prediction over
                     all 20 tokens (separators are never trained on, so they get no weight)
-        all         mean over all positions whose next token is a symbol: what the published code computes, and figure 11
-                    shows; the sums and the count are returned, so that every position of a test set weighs the same
+        all         mean over all positions whose next token is a symbol: what the published code computes, and figure
+                    11 shows; sums and the count are returned, so that every position of a test set weighs the same
         last        the same at the last symbol of the sequence alone: what the papers say
     """
     asked = y >= 0
@@ -830,20 +802,19 @@ def total(scores: list[dict]) -> dict:
 
 
 def ngram(x: Tensor, n: int) -> Tensor:
-    """x (T,) -> (T,20): the frequencies of the symbols that followed the last n - 1 tokens earlier in this sequence; where
-    none did, of the last n - 2, and so on; uniform over the symbols before any was seen. A context does not reach past a
-    string's start, which counts as a token. n = 0 is the uniform distribution. Of equals the lowest symbol is chosen."""
-    counts: dict = {}
-    probs, string = np.zeros((len(x), 20), dtype=np.float32), [SEP]
+    """x (T,) -> (T,20): the frequencies of the symbols that followed the last n - 1 tokens earlier in this sequence;
+    where none did, the last n - 2, and so on; uniform over the symbols before any was seen, and for n = 0. A context
+    does not reach past a string's start, which counts as a token. Of equals the lowest symbol is chosen."""
+    probs, counts, string, contexts = np.zeros((len(x), 20), dtype=np.float32), {}, [SEP], [(), (SEP,)][:n]
     for t, token in enumerate(x.tolist()):
         if token == SEP:
             string = [SEP]
         else:
-            for k in range(min(n, len(string) + 1)):
-                counts.setdefault(tuple(string[len(string) - k:]), np.zeros(20))[token] += 1
+            for context in contexts:
+                counts.setdefault(context, np.zeros(20))[token] += 1
             string.append(token)
-        contexts = (tuple(string[len(string) - k:]) for k in reversed(range(min(n, len(string) + 1))))
-        found = next((counts[c] for c in contexts if c in counts), None)
+        contexts = [tuple(string[len(string) - k:]) for k in range(min(n, len(string) + 1))]
+        found = next((counts[c] for c in reversed(contexts) if c in counts), None)
         probs[t] = np.arange(20) < SYMBOLS if found is None else found
     return torch.from_numpy(probs / probs.sum(1, keepdims=True))
 
@@ -857,29 +828,21 @@ def regbench_score(model: GPT, data: Instances, device) -> dict:
     return total(scores)
 
 
-def regbench_data(cfg: RegBench) -> dict[str, Instances]:
+def regbench_job(cfg: RegBench) -> dict:
     """ood is the test set; valid, of yet other automata, chooses between settings; iid are fresh strings of training
     automata. The test automata are drawn first: they are the same for every number of training automata."""
-    n = cfg.test_automata
+    n, device = cfg.test_automata, pick_device(cfg)
     ood, valid, train = draw_automata(0, [n, n, cfg.automata])
-    return dict(ood=Instances(ood, 1, cfg.T), valid=Instances(valid, 2, cfg.T), train=Instances(train, 3, cfg.T),
-                iid=Instances([train[i % len(train)] for i in range(n)], 4, cfg.T))
-
-
-def regbench_job(cfg: RegBench) -> dict:
-    device, data, model = pick_device(cfg), regbench_data(cfg), GPT(architecture(cfg))
-    start, train = time.process_time(), data["train"]
-
-    def batch(step):  # every automaton once an epoch
-        index = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-        rows = [torch.randperm(len(train.x), generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
-                for epoch in range(index[0] // len(train.x), index[-1] // len(train.x) + 1)]
-        rows = torch.cat(rows)[[i - index[0] // len(train.x) * len(train.x) for i in index]]
-        return train.x[rows], train.y[rows]
-    fit(model, batch, cfg)
+    tests = dict(ood=Instances(ood, 1, cfg.T), valid=Instances(valid, 2, cfg.T),
+                 iid=Instances([train[i % len(train)] for i in range(n)], 4, cfg.T))
+    data, model = Instances(train, 3, cfg.T), GPT(architecture(cfg))
+    epochs = cfg.steps * cfg.batch_size // cfg.automata + 1
+    order = torch.cat([torch.randperm(cfg.automata, generator=torch.Generator().manual_seed(cfg.seed * 100_003 + epoch))
+                       for epoch in range(epochs)]).split(cfg.batch_size)
+    fit(model, lambda step: (data.x[order[step]], data.y[order[step]]), cfg)
     model.eval()
-    return dict({name: regbench_score(model, data[name], device) for name in ("ood", "valid", "iid")},
-                parameters=sum(p.numel() for p in model.parameters()), cpu_seconds=time.process_time() - start)
+    return dict({name: regbench_score(model, test, device) for name, test in tests.items()},
+                parameters=sum(p.numel() for p in model.parameters()))
 
 
 METRICS = ("accuracy", "tvd", "accuracy_last", "tvd_last")
@@ -893,30 +856,32 @@ TABLE_4 = {"mosaic": (.959, .417), "transformer": (.856, .308), "Mamba": (.929, 
 
 def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     """Of several settings of a model the best on the validation automata is shown, as in the papers."""
-    def average(rs, *path):
-        return mean(r[path[0]][path[1]] for r in rs)
-    best: dict = {}
-    for rs in grouped(results).values():
-        key = rs[0]["config"]["model"], rs[0]["config"]["automata"]
-        if key not in best or average(rs, "valid", "accuracy") > average(best[key], "valid", "accuracy"):
-            best[key] = rs
-    config = results[0]["config"]
+    def average(rs, part, metric):
+        return mean(r[part][metric] for r in rs)
+    best, config = {}, results[0]["config"]
+    groups, common = grouped(results)
+    for name, rs in groups.items():
+        model, automata = rs[0]["config"]["model"], rs[0]["config"]["automata"]
+        before = best.get((model, automata))
+        if not before or average(rs, "valid", "accuracy") > average(before[1], "valid", "accuracy"):
+            best[model, automata] = name.replace(f"-{automata}", "", 1), rs
     data = Instances(draw_automata(0, [config["test_automata"]])[0], 1, config["T"])
     base = {name: total([score(ngram(x, n), data.truth(i), data.y[i]) for i, x in enumerate(data.x)])
             for n, name in enumerate(("uniform", "1-gram", "2-gram", "3-gram"))}
-    save_json(out / "regbench" / "baselines.json", dict(automata=config["test_automata"], T=config["T"], ood=base))
+    kept = dict(automata=config["test_automata"], T=config["T"], ood=base)
+    save(out / "regbench" / "baselines.json", json.dumps(kept, indent=1).encode())
     lines, seen = [[name, "-", *(f"{r[k]:.3f}" for k in METRICS), *"----"] for name, r in base.items()], []
-    for (model, automata), rs in best.items():
-        paper = FIGURE_11.get("transformer" if model in REGBENCH_MODELS else model, {}).get(automata)
+    for (model, automata), (name, rs) in best.items():
+        paper = FIGURE_11.get(REGBENCH_MODELS[model].get("memory", "transformer"), {}).get(automata)
         said = f"{paper[0]} / {paper[1]}" if paper else "-"
-        lines.append([model, str(automata), *(f"{average(rs, 'ood', k):.3f}" for k in METRICS), said,
-                      f"{average(rs, 'iid', 'accuracy'):.3f} / {average(rs, 'iid', 'tvd'):.3f}",
-                      f"{rs[0]['parameters']:,}", str(len(rs))])
-        seen.append([f"regbench, {model}, {automata} automata", f"accuracy / TVD on unseen automata: {said}",
-                     f"{average(rs, 'ood', 'accuracy'):.3f} / {average(rs, 'ood', 'tvd'):.3f}"])
-    say("\nRegBench, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last symbol)")
-    print_table(["model", "automata", "acc all", "TVD all", "acc last", "TVD last", "paper, all", "IID acc / TVD", "parameters",
-                 "seeds"], lines)
+        ood, iid = ([f"{average(rs, part, k):.3f}" for k in METRICS] for part in ("ood", "iid"))
+        lines.append([name, str(automata), *ood, said, f"{iid[0]} / {iid[1]}", f"{rs[0]['parameters']:,}",
+                      str(len(rs))])
+        seen.append([f"regbench, {name}, {automata} automata", f"accuracy / TVD on unseen automata: {said}",
+                     f"{ood[0]} / {ood[1]}"])
+    say(f"\nRegBench{common}, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last one)")
+    print_table(["model", "automata", "acc all", "TVD all", "acc last", "TVD last", "paper, all", "IID acc / TVD",
+                 "parameters", "seeds"], lines)
     if any(automata == 100 for _, automata in best):
         published = ", ".join(f"{name} {accuracy} / {tvd}" for name, (accuracy, tvd) in TABLE_4.items())
         say(f"\nTable 4 of the paper, IID acc / TVD at 100 automata: {published}")
@@ -925,21 +890,19 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
 
 
 def plot_regbench(best: dict, base: dict, out: Path) -> None:
-    fig, axes = figure(10, 4.4, ncols=2)
-    for i, (ax, key, name) in enumerate(zip(axes, METRICS, ("accuracy", "total variation distance"))):
+    fig = figure(10, 4.4)
+    axes = fig.subplots(1, 2)
+    for i, (ax, key, title) in enumerate(zip(axes, METRICS, ("accuracy", "total variation distance"))):
         for (model, points), dashes in zip(FIGURE_11.items(), ("-", ":")):
             ax.plot(list(points), [p[i] for p in points.values()], color="#8A8A8A", ls=dashes, label=f"paper: {model}")
         for baseline, r in base.items():
             ax.axhline(r[key], color=COLOURS[0], lw=0.8, ls="--", alpha=0.6)
             ax.text(1.01, r[key], baseline, transform=ax.get_yaxis_transform(), fontsize=9, va="center")
-        for j, model in enumerate(dict.fromkeys(m for m, _ in best)):
-            points = sorted((n, [r["ood"][key] for r in rs]) for (m, n), rs in best.items() if m == model)
-            middle = np.array([mean(v) for _, v in points])
-            spread = [middle - [min(v) for _, v in points], [max(v) for _, v in points] - middle]
-            ax.errorbar([n for n, _ in points], middle, yerr=spread, color=COLOURS[j + 1], marker=MARKERS[j], ms=8,
-                        capsize=3, label=f"here: {model}")
-        ax.set(xscale="log", xlabel="training automata (one sequence each)", ylabel=f"{name} on unseen automata",
-               ylim=(0, 1.02))
+        for j, model in enumerate(dict.fromkeys(model for model, _ in best)):
+            points = {n: [r["ood"][key] for r in rs] for (m, n), (_, rs) in sorted(best.items()) if m == model}
+            curve(ax, j + 1, list(points), list(points.values()), f"here: {model}")
+        ax.set(xscale="log", xlabel="training automata (one sequence each)", ylabel=title, ylim=(0, 1.02),
+               title="unseen automata")
         ax.set_xticks([100, 1000, 10000], ["100", "1,000", "10,000"])
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=10)
     save_figure(fig, out / "regbench.png")
@@ -948,31 +911,30 @@ def plot_regbench(best: dict, base: dict, out: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-TOY_OF = {Moons: "moons", Length: "length", RegBench: "regbench"}
 JOBS = {Moons: moons_job, Length: length_job, RegBench: regbench_job}
+REPORTS = {Moons: report_moons, Length: report_length, RegBench: report_regbench}
 HEADLINES = {
     Moons: lambda r: f"error {r['stairs'][3]:.3f} before the lcm, {r['stairs'][4]:.3f} after",
     Length: lambda r: ", ".join(f"{a:.3f} at {n}" for n, a in zip(r["lengths"], r["accuracy"])),
     RegBench: lambda r: f"accuracy {r['ood']['accuracy']:.3f}, TVD {r['ood']['tvd']:.3f} on unseen automata"}
-REPORTS = {Moons: report_moons, Length: report_length, RegBench: report_regbench}
-ALL_LENGTH = ["local", "global", "persistent", "rmt", "rmt0", "ttt", "deltanet", "knn", "mosaic"]
 COMMANDS = {  # name -> kind, what is run when a flag is not given
     "moons": (Moons, dict(heads=[1, 3])),
-    **{task: (Length, dict(task=[task], model=ALL_LENGTH)) for task in TASKS},
+    **{task: (Length, dict(task=[task], model=list(LENGTH_MODELS))) for task in TASKS},
     "regbench": (RegBench, dict(model=["rope", "mosaic"])),
 }
 SHORT = [("moons", []), ("recall", ["--model=local,global,deltanet,mosaic"]), ("regbench", [])]  # python toys.py
 
 
 def plan(argv: list[str]) -> list[Toy]:
-    """The command line -> every model to train."""
-    names = argv[0].split(",") if argv and not argv[0].startswith("-") else None
-    if names is None:
-        return [cfg for name, flags in SHORT for cfg in parse(*COMMANDS[name][:1], [*flags, *argv], COMMANDS[name][1])]
-    for name in names:
+    """The command line -> every model to train, each once."""
+    chosen = SHORT
+    if argv and not argv[0].startswith("-"):
+        chosen, argv = [(name, []) for name in argv[0].split(",")], argv[1:]
+    for name, _ in chosen:
         if name not in COMMANDS:
-            raise UserError(f"{name}: expected a toy, one of {', '.join(COMMANDS)}; {suggest(name, COMMANDS)}".rstrip("; "))
-    return [cfg for name in names for cfg in parse(COMMANDS[name][0], argv[1:], COMMANDS[name][1])]
+            raise UserError(f"{name}: expected a toy, one of {', '.join(COMMANDS)}{suggest(name, COMMANDS)}")
+    configs = [cfg for name, flags in chosen for cfg in parse(COMMANDS[name][0], flags + argv, COMMANDS[name][1])]
+    return list({result_path(cfg): cfg for cfg in configs}.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -983,17 +945,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         configs, seen, diverged = plan(argv), [], []
         out = Path(configs[0].out_dir)
-        for kind in TOY_OF:
+        for kind, report in REPORTS.items():
             if chosen := [cfg for cfg in configs if type(cfg) is kind]:
                 results, failed = run_all(chosen)
                 diverged += failed
-                seen += REPORTS[kind](results, out) if results else []
+                seen += report(results, out) if results else []
         if seen:
             say("\nWhat was seen, beside what the papers say")
             print_table(["experiment", "what the papers say", "what was seen"], seen, left=3)
-            say("\nPictures: " + ", ".join(PICTURES) + f"\nNumbers:  {out}/*/*.json")
+            say(f"\nevery number: {out}/*/*.json")
         if diverged:
-            raise UserError(f"{len(diverged)} of {len(configs)} models diverged: {', '.join(diverged)}; try a lower --lr")
+            raise UserError(f"{len(diverged)} of {len(configs)} models diverged: {', '.join(diverged)}; try a lower "
+                            "--lr")
         return 0
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from the models that are finished")

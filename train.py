@@ -11,7 +11,7 @@ dropout of a step are functions of (seed, step, rank) alone, and the log is cut 
 
 Glossary
     step               one update of the weights by batch_size rows of max_seq_len tokens, summed over all ranks
-    rank, world        this process and the number of processes (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE)
+    rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
     bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over targets that stand for any bytes
     MFU                model FLOPs utilisation: FLOPs the model needs a second / the GPU's bf16 peak
 
@@ -28,6 +28,7 @@ References
 import argparse
 import difflib
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -84,13 +86,13 @@ class FitConfig:
     beta2: float = opt(0.95, "AdamW's decay of the mean squared gradient", high=0.99999)
     momentum: float = opt(0.95, "Muon's (Nesterov)", high=0.99999)
     clip: float = opt(1.0, "largest gradient norm; 0 = do not clip")
-    dtype: str = opt("auto", "of matrix products: float32, or bfloat16 by autocast (auto on CUDA); weights are float32",
-                     choices=("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "of matrix products: float32 (TF32 on CUDA), or bfloat16 by autocast (auto on CUDA, from "
+                     "Ampere on); weights are float32", choices=("auto", "float32", "bfloat16"))
     device_batch_size: int = opt(0, "rows in one forward pass on one device; more are accumulated; 0 = all", "run")
     eval_every: int = opt(100, "steps between evaluations (always one at the end); 0 = only at the end", "run")
     save_every: int = opt(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run")
     device: str = opt("auto", "auto = cuda where there is one", "run", ("auto", "cpu", "cuda"))
-    compile: str = opt("auto", "torch.compile; auto = on CUDA", "run", ("auto", "true", "false"))
+    compile: str = opt("auto", "torch.compile; auto = on CUDA under Linux", "run", ("auto", "true", "false"))
 
 
 @dataclass
@@ -128,7 +130,6 @@ TRAINING = {
                  optimizer="adamw", lr=5e-3, min_lr=1e-4, schedule="cosine", warmup=2000, dropout=0.05,
                  eval_every=1000, eval_tokens=5_242_880, save_every=1000),
 }
-FILLED = ("vocab_size", "data_sha256")  # empty on the command line, filled in from the corpus
 
 
 def build(kind, *args, **kwargs):
@@ -153,11 +154,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message[0].lower() + message[1:] + " (--help lists the flags)")
 
 
-def field_group(name: str, metadata) -> str:
-    memory = name.startswith(("memory", "persistent", "rmt", "ttt", "conv_", "expand_", "knn", "mosaic"))
-    return metadata.get("group") or ("memory" if memory else "architecture")
-
-
 def parse_args(argv: list[str]) -> list[RunConfig]:
     """Defaults < preset < flags. A comma in a value makes a sweep: one config for each point of the grid."""
     kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(RunConfig)}
@@ -166,9 +162,10 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     groups = {g: parser.add_argument_group(g) for g in ("architecture", "memory", "data", "optimisation", "run")}
     shown = preset_config(next((a[9:] for a in argv if a.startswith("--preset=") and a[9:] in PRESETS), "laptop"))
     for f in fields(RunConfig):
-        text = f"{f.metadata['help']} (default: {getattr(shown, f.name)})".replace("%", "%%")
-        groups[field_group(f.name, f.metadata)].add_argument(
-            f"--{f.name}", default=argparse.SUPPRESS, metavar=kinds[f.name].upper(), help=text)
+        memory = f.name.startswith(("memory", "persistent", "rmt", "ttt", "conv_", "expand_", "knn", "mosaic"))
+        group = groups[f.metadata.get("group") or ("memory" if memory else "architecture")]
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kinds[f.name].upper(),
+                           help=f"{f.metadata['help']} (default: {getattr(shown, f.name)})".replace("%", "%%"))
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-").replace("-", "_"), kinds, 1, 0.5)
@@ -195,9 +192,7 @@ def parse_value(name: str, kind: str, text: str):
 
 
 def preset_config(preset: str = "laptop", **flags) -> RunConfig:
-    if preset not in PRESETS:
-        raise UserError(f"--preset={preset}: expected one of {', '.join(PRESETS)}")
-    return RunConfig(**{"preset": preset, **PRESETS[preset], **TRAINING[preset], **flags})
+    return RunConfig(**{"preset": preset, **PRESETS.get(preset, {}), **TRAINING.get(preset, {}), **flags})
 
 
 def name_run(cfg: RunConfig) -> RunConfig:
@@ -222,37 +217,47 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(text: str, **kwargs) -> None:
+def say(text: str, end: str = "\n") -> None:
     if rank() == 0:
-        print(text, flush=True, **kwargs)
+        print(text, end=end, flush=True)
 
 
 def all_reduce(values: list[float] | Tensor, device) -> Tensor:
-    """The sum over ranks, in float64."""
-    total = torch.as_tensor(values, dtype=torch.float64, device=device)
+    """The sum over ranks, in float64 and on the CPU."""
+    total = torch.as_tensor(values, dtype=torch.float64)
     if world() > 1:
+        total = total.to(device)
         dist.all_reduce(total)
     return total.cpu()
 
 
 def pick_device(cfg) -> torch.device:
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no CUDA device here; use --device=cpu")
-    if cfg.device == "cpu" or not torch.cuda.is_available():
+    """The device of this process: of several on a machine each has its own GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cfg.device == "cpu" or cfg.device == "auto" and not count:
         return torch.device("cpu")
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if local_rank() >= count:
+        raise UserError(f"--device={cfg.device}: PyTorch sees {count} CUDA devices here, and this is process number "
+                        f"{local_rank() + 1} to need one; start fewer, or use --device=cpu")
+    torch.set_float32_matmul_precision("high")  # TF32
+    return torch.device("cuda", local_rank())
 
 
 def uses_bf16(cfg) -> bool:
     on_cuda = pick_device(cfg).type == "cuda"
     if cfg.dtype == "bfloat16" and not on_cuda:
         raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
-    return on_cuda and cfg.dtype != "float32"
+    if on_cuda and cfg.dtype == "auto":
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
+    return cfg.dtype == "bfloat16"
 
 
 def autocast(cfg):
@@ -260,7 +265,9 @@ def autocast(cfg):
 
 
 def compiles(cfg) -> bool:
-    return cfg.compile == "true" or cfg.compile == "auto" and pick_device(cfg).type == "cuda"
+    if cfg.compile == "auto":
+        return sys.platform == "linux" and pick_device(cfg).type == "cuda"  # elsewhere is no triton to compile with
+    return cfg.compile == "true"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,10 +294,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes: dict = {}
+            shapes = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
+                    shapes[p.shape].append(p)
             for (rows, columns), params in shapes.items():
                 for p in params:
                     if not self.state[p]:
@@ -306,16 +313,19 @@ class Muon(torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     """Muon for the model's hidden matrices, AdamW for the rest; each group's learning rate is lr times its "scale"."""
     hidden = list(model.hidden_matrices()) if cfg.optimizer == "muon" else []
+    muons, optimizers = set(hidden), []
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in hidden)]
-    groups = [
-        dict(params=[p for p in rest if p in embeddings], weight_decay=cfg.weight_decay, scale=cfg.embed_lr),
-        dict(params=[p for p in rest if p not in embeddings and p.ndim >= 2], weight_decay=cfg.weight_decay, scale=1.0),
-        dict(params=[p for p in rest if p not in embeddings and p.ndim < 2], weight_decay=0.0, scale=1.0),
-    ]
-    fused = all(p.is_floating_point() for p in rest)  # the fused kernel has no complex numbers
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                                    fused=fused)] if rest else []
+    rest = [p for p in model.parameters() if p.requires_grad and p not in muons]
+    if rest:
+        others = [p for p in rest if p not in embeddings]
+        groups = [
+            dict(params=[p for p in rest if p in embeddings], weight_decay=cfg.weight_decay, scale=cfg.embed_lr),
+            dict(params=[p for p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, scale=1.0),
+            dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0, scale=1.0),
+        ]
+        fused = all(p.is_floating_point() for p in rest)  # the fused kernel has no complex numbers
+        optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                                            fused=fused))
     if hidden:
         optimizers.append(Muon([dict(params=hidden, scale=1.0)], cfg.lr, cfg.momentum, cfg.weight_decay))
     return optimizers
@@ -374,29 +384,28 @@ def save_checkpoint(out: Path, cfg, step: int, seconds: float, model, optimizers
 
 
 def find_checkpoint(out: Path) -> dict | None:
-    """The newest checkpoint that is whole: the zip's checksums find what was truncated or changed, torch.load does not."""
-    for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
+    """The newest whole checkpoint: the zip's checksums find what was truncated or changed, torch.load does not."""
+    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
+    for path in paths:
         try:
             with zipfile.ZipFile(path) as whole:
                 broken = whole.testzip()
-        except FileNotFoundError:
-            continue
         except (zipfile.BadZipFile, EOFError) as e:
             broken = e
         if broken is None:
             return torch.load(path, map_location="cpu", weights_only=True)
         say(f"{path} is damaged ({broken}), so it is not used")
-    if (out / "ckpt.pt").exists() or (out / "ckpt.prev.pt").exists():
+    if paths:
         say(f"{out} has no whole checkpoint: the run starts over")
     return None
 
 
 def check_same(old: dict, cfg, where: Path) -> None:
     """Refuses to continue a run with settings that would make it another one."""
-    ours = {f.name for f in fields(cfg) if f.metadata.get("group") == "run"}
-    new = {name: value for name, value in asdict(cfg).items() if name not in ours and (value or name not in FILLED)}
-    differ = [f"{name} (there {old.get(name, 'missing')}, now {new[name]})" for name in new
-              if name not in old or old[name] != new[name]]
+    free = {f.name for f in fields(cfg) if f.metadata.get("group") == "run"}
+    free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name)}  # the corpus will fill them in
+    differ = [f"{name} (there {old.get(name, 'missing')}, now {value})" for name, value in asdict(cfg).items()
+              if name not in free and old.get(name, "missing") != value]
     if differ:
         raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --name, or delete it")
 
@@ -474,13 +483,13 @@ def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
     micro = min(cfg.device_batch_size or rows, rows)
     if rows % micro:
         raise UserError(f"device_batch_size={micro} does not divide the {rows} rows of a rank; change one of them")
+    batch = [t.to(device) for t in batch]  # all at once: a copy between two passes would wait for the first of them
     total = torch.zeros((), device=device)
     for i in range(0, rows, micro):
-        part = [t[i:i + micro].to(device, non_blocking=True) for t in batch]
         quiet = isinstance(runner, DistributedDataParallel) and i + micro < rows
         with runner.no_sync() if quiet else nullcontext():
             with autocast(cfg):
-                loss = runner(*part) * (micro / rows)
+                loss = runner(*(t[i:i + micro] for t in batch)) * (micro / rows)
             loss.backward()
         total += loss.detach()
     return total
@@ -552,28 +561,27 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
 
 
 class Progress:
-    """One line that is rewritten on a terminal; else a line now and then, and one for each evaluation."""
+    """One line that is rewritten on a terminal; else a line every 10 s, and one for each evaluation."""
 
-    def __init__(self, steps: int, first: int, every: float = 10.0):
-        self.steps, self.first, self.every, self.terminal = steps, first, every, sys.stdout.isatty()
+    def __init__(self, steps: int, first: int):
+        self.steps, self.first, self.terminal = steps, first, sys.stdout.isatty()
         self.began = self.shown = time.perf_counter()
 
-    def show(self, history: list[dict], count: int) -> None:
+    def show(self, history: list[dict], tokens: int) -> None:
         now, record, recent = time.perf_counter(), history[-1], history[-20:]
-        evaluated, step = "val_bpb" in record, record["step"]
-        if not (evaluated or step == self.steps or now - self.shown > (0.2 if self.terminal else self.every)):
+        step, keep = record["step"], "val_bpb" in record or record["step"] == self.steps
+        if not keep and now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown = now
-        left = (now - self.began) / (step - self.first) * (self.steps - step)
+        left = int((now - self.began) / (step - self.first) * (self.steps - step))
         smooth = {name: mean(r[name] for r in recent) for name in ("loss", "bpb", "mfu") if name in record}
         text = f"step {step}/{self.steps}  loss {smooth['loss']:.4f}"
         text += f"  bpb {smooth['bpb']:.4f}" if "bpb" in smooth else ""
-        text += f"  val bpb {record['val_bpb']:.4f}" if evaluated else ""
-        text += f"  lr {record['lr']:.2e}  {count / median(r['step_seconds'] for r in recent):,.0f} tokens/s"
+        text += f"  val bpb {record['val_bpb']:.4f}" if "val_bpb" in record else ""
+        text += f"  lr {record['lr']:.2e}  {tokens / median(r['step_seconds'] for r in recent):,.0f} tokens/s"
         text += f"  MFU {smooth['mfu']:.1%}" if "mfu" in smooth else ""
-        text += f"  {int(left) // 60}:{int(left) % 60:02d} left"
-        keep = evaluated or step == self.steps or not self.terminal
-        say(("\r" + text.ljust(110) if self.terminal else text), end="\n" if keep else "")
+        text += f"  {left // 60}:{left % 60:02d} left"
+        say("\r" + text.ljust(110) if self.terminal else text, end="\n" if keep or not self.terminal else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,18 +590,22 @@ class Progress:
 @torch.no_grad()
 def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     """Bits per byte on the validation rows, in all and by position in the row. The total is the sum of the buckets."""
-    device, T = pick_device(cfg), cfg.max_seq_len
-    rows = min(cfg.device_batch_size or cfg.batch_size, cfg.batch_size)
-    stream = torch.compile(model.stream) if compiles(cfg) else model.stream
+    device, T, share = pick_device(cfg), cfg.max_seq_len, cfg.batch_size // world()
+
+    def score(x, y):
+        logits = model.stream(x)[0]
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+    # With the loss in it, float32 logits and the state need not be written to memory. The last batch can be smaller: it
+    # gets a graph of its own, because one for all sizes would be slower for the rest of the run.
+    score = torch.compile(score, dynamic=False) if compiles(cfg) else score
     length = corpus.token_bytes.to(device)
     sums = torch.zeros(3, T, dtype=torch.float64, device=device)  # nats, bytes and targets at each position
-    for i, (x, y, _) in enumerate(corpus.eval_batches(T, rows, cfg.eval_tokens or None)):
-        if i % world() != rank():
-            continue
+    batches = corpus.eval_batches(T, min(cfg.device_batch_size or share, share), cfg.eval_tokens or None)
+    for x, y, _ in itertools.islice(batches, rank(), None, world()):
         x, y = x.to(device), y.to(device)
         with autocast(cfg):
-            logits = stream(x)[0]
-        nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+            nats = score(x, y)
         size = length[y]  # (rows, T); a token without bytes (end of text) is predicted for free
         sums += torch.stack([nats.double() * (size > 0), size.double(), (size > 0).double()]).sum(1)
     sums = all_reduce(sums, device)
@@ -606,14 +618,14 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     return dict(val_bpb=nats / (math.log(2) * size), val_loss=nats / targets, bpb_by_position=by_position)
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12,
-              "3090": 71e12}  # dense bf16 products, from the data sheets
+# Dense bf16 products, from the data sheets; the first name that is part of the GPU's counts.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
 
 
 def peak_flops(cfg) -> float:
-    if not uses_bf16(cfg):
-        return 0.0
-    return next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), 0.0)
+    gpu = torch.cuda.get_device_name() if uses_bf16(cfg) else ""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0.0)
 
 
 def reset_peak_memory(device) -> None:
@@ -646,7 +658,8 @@ def sample_text(model: GPT, corpus, cfg: RunConfig, device) -> str:
     generator = torch.Generator(device).manual_seed(cfg.seed)
     start = torch.tensor([[corpus.eos]], device=device)
     n = min(cfg.sample_tokens, cfg.max_seq_len - 1)
-    tokens = model.generate(start, n, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
+    with autocast(cfg):
+        tokens = model.generate(start, n, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
     real = len(corpus.token_bytes)  # the vocabulary may be padded beyond it
     return corpus.encoding.decode([t for t in tokens if t < real and corpus.token_bytes[t]], errors="replace")
 
@@ -656,7 +669,8 @@ def measure(model: GPT, corpus, cfg: RunConfig, history: list[dict], final: dict
     """result.json: what was trained, how good it is, and what it costs."""
     device = pick_device(cfg)
     total = count_params(model.config)
-    filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))[1]
+    with autocast(cfg):
+        filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     versions = {"python": platform.python_version()}
@@ -681,12 +695,9 @@ def plot_losses(history: list[dict], path: Path) -> None:
     import matplotlib  # here, because it takes half a second to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    smooth, value = [], history[0]["bpb"]
-    for i, r in enumerate(history):
-        value += (r["bpb"] - value) / min(i + 1, 20)
-        smooth.append(value)
+    smooth = [sum(r["bpb"] for r in history[max(n - 20, 0):n]) / min(n, 20) for n in range(1, len(history) + 1)]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in history], smooth, lw=1, label="training (mean of about 20 steps)")
+    axes.plot([r["step"] for r in history], smooth, lw=1, label="training (mean of 20 steps)")
     points = [(r["step"], r["val_bpb"]) for r in history if "val_bpb" in r]
     axes.plot(*zip(*points), "o-", ms=4, label="validation")
     axes.set(xlabel="step (updates)", ylabel="bits per byte", title=path.parent.name)
@@ -702,8 +713,15 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 @lru_cache(maxsize=2)
 def load_corpus(dataset: str, tokenizer: str):
-    """Read once in a sweep."""
-    return data.load(dataset, tokenizer, quiet=rank() > 0)
+    """Read once in a sweep. Of a node's processes the first prepares it and shows how far it is; the others wait."""
+    first = local_rank() == 0
+    if not first:
+        dist.barrier()
+    try:
+        return data.load(dataset, tokenizer, quiet=not first)
+    finally:
+        if first and world() > 1:
+            dist.barrier()
 
 
 def fill_in(cfg: RunConfig, corpus) -> RunConfig:
@@ -717,15 +735,6 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
     return replace(cfg, vocab_size=cfg.vocab_size or padded, data_sha256=corpus.sha256)
 
 
-def finished(cfg: RunConfig) -> dict | None:
-    path = Path(cfg.out_dir, cfg.name, "result.json")
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    check_same(result["config"], cfg, path)
-    return result
-
-
 def train(cfg: RunConfig) -> dict:
     """One run, from the configuration to result.json."""
     if cfg.batch_size % world():
@@ -734,8 +743,9 @@ def train(cfg: RunConfig) -> dict:
     corpus = load_corpus(cfg.dataset, cfg.tokenizer)
     cfg = fill_in(cfg, corpus)
     torch.manual_seed(cfg.seed)
+    gc.collect()  # or a sweep's last model, which reference cycles keep, would still take memory
     if compiles(cfg):
-        torch.compiler.reset()  # or a sweep's models would fill one another's cache of compiled graphs
+        torch.compiler.reset()  # or its compiled graphs would fill the cache
     model = build(GPT, model_config(cfg)).to(device)
     reset_peak_memory(device)
     say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.steps} steps of "
@@ -784,23 +794,23 @@ def print_summary(r: dict, out: Path) -> None:
 
 def print_table(results: list[dict], swept: list[str]) -> None:
     """One line for each configuration, its seeds together."""
-    cells: dict = {}
+    def average(rs, name):
+        return mean(r[name] for r in rs)
+
+    cells = defaultdict(list)
     for r in results:
-        cells.setdefault(tuple(str(r["config"][name]) for name in swept), []).append(r)
+        cells[tuple(str(r["config"][name]) for name in swept)].append(r)
     head = swept + ["val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s", "minutes", "MiB"]
     lines = []
-    for key, rs in sorted(cells.items(), key=lambda cell: mean(r["val_bpb"] for r in cell[1])):
-        def average(name):
-            return mean(r[name] for r in rs)
-        bpb = [r["val_bpb"] for r in rs]
-        lines.append([*key, f"{mean(bpb):.4f}", f"{stdev(bpb):.4f}" if len(bpb) > 1 else "-", str(len(bpb)),
-                      f"{rs[0]['total_params']:,}", f"{rs[0]['flops_per_token']:.3g}", f"{rs[0]['state_bytes']:,}",
-                      f"{average('tokens_per_second'):,.0f}", f"{average('total_time_min'):.1f}",
-                      f"{average('peak_vram_mib') or average('peak_rss_mib'):,.0f}"])
+    for key, rs in sorted(cells.items(), key=lambda cell: average(cell[1], "val_bpb")):
+        std = f"{stdev(r['val_bpb'] for r in rs):.4f}" if len(rs) > 1 else "-"
+        lines.append([*key, f"{average(rs, 'val_bpb'):.4f}", std, str(len(rs)), f"{rs[0]['total_params']:,}",
+                      f"{rs[0]['flops_per_token']:.3g}", f"{rs[0]['state_bytes']:,}",
+                      f"{average(rs, 'tokens_per_second'):,.0f}", f"{average(rs, 'total_time_min'):.1f}",
+                      f"{average(rs, 'peak_vram_mib') or average(rs, 'peak_rss_mib'):,.0f}"])
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     for line in [head, *lines]:
-        cells = [c.ljust(w) if i < len(swept) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        say("  ".join(cells))
+        say("  ".join(c.ljust(w) if i < len(swept) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))))
 
 
 def run_all(configs: list[RunConfig]) -> None:
@@ -809,18 +819,19 @@ def run_all(configs: list[RunConfig]) -> None:
     for cfg in configs:
         count_params(model_config(cfg))  # what cannot be built is refused before anything is trained
     for cfg in configs:
-        result = finished(cfg)
-        if result:
-            say(f"{Path(cfg.out_dir, cfg.name)}: finished, skipped (delete the folder to train it again)")
-        else:
-            try:
-                result = train(cfg)
-            except Diverged as e:
-                if len(configs) == 1:
-                    raise
-                say(f"{Path(cfg.out_dir, cfg.name)}: {e}")
-                failed.append(cfg.name)
-        results += [result] if result else []
+        out = Path(cfg.out_dir, cfg.name)
+        if (out / "result.json").is_file():
+            results.append(json.loads((out / "result.json").read_text()))
+            check_same(results[-1]["config"], cfg, out / "result.json")
+            say(f"{out}: finished, skipped (delete the folder to train it again)")
+            continue
+        try:
+            results.append(train(cfg))
+        except Diverged as e:
+            if len(configs) == 1:
+                raise
+            say(f"{out}: {e}")
+            failed.append(cfg.name)
     if len(configs) > 1 and results:
         swept = [f.name for f in fields(RunConfig) if f.name not in ("seed", "name", "memory", "window")
                  and len({getattr(c, f.name) for c in configs}) > 1]
@@ -835,23 +846,25 @@ def main(argv: list[str] | None = None) -> int:
         configs = parse_args(argv)
         if world() > 1:
             device = pick_device(configs[0])
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            # data may be downloaded and tokenised by one rank while the others wait
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+            backend, bound_to = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            if bound_to:
+                torch.cuda.set_device(bound_to)
+            # hours, because the ranks wait here for those that download and tokenise the data
+            dist.init_process_group(backend, device_id=bound_to, timeout=timedelta(hours=4))
         run_all(configs)
-        return 0
+        status = 0
     except Stopped as e:
         launcher = "torchrun ..." if world() > 1 else "python"
         say(f"\n{e.args[1]}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
-        return 128 + e.args[0]
+        status = 128 + e.args[0]
     except UserError as e:
-        if rank() == 0:
-            print(f"error: {e}", file=sys.stderr)
+        if rank() > 0:  # rank 0 mostly says the same, and torchrun then ends this process; if not, it is its own error
+            time.sleep(10)
+        print(f"error: {e}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: ranks without one wait in a collective, and NCCL here for them
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
