@@ -153,7 +153,7 @@ class Run(NamedTuple):
 
 def open_runs(paths: list[str], opts: Options) -> list[Run]:
     loaded = []
-    for path in map(Path, paths):
+    for path in map(Path, dict.fromkeys(paths)):                # one run may match two patterns of a shell
         if not path.exists():
             known = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f"there is no {path}" + nearest(str(path), known, "give a folder that train.py wrote"))
