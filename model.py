@@ -367,7 +367,7 @@ class Store(NamedTuple):
     k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood; n grows up to N
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
-    used: Tensor     # (B,Hkv,n) position of the last query that retrieved it, at first of its writing
+    used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it; at first, when it was written
 
 
 class KNNState(NamedTuple):
@@ -447,8 +447,13 @@ class KNNAttention(Attention):
         score = (q @ k.mT * D ** -0.5).masked_fill(~outside, float("-inf"))
         top, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
         hit = top > float("-inf")                               # (B,Hkv,G·n,topk)
-        stamp = torch.where(hit, t.repeat(G)[:, None], -1)
-        used = store.used.scatter_reduce(2, place.flatten(2), stamp.flatten(2), "amax")
+        used = store.used
+        if self.evict == "lru":
+            # Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all that tie with
+            # the last taken count as retrieved: otherwise what leaves the store would depend on how the text was cut.
+            last = top.amin(-1, keepdim=True)                   # -inf where fewer than topk can be seen
+            ties = score.detach() >= last - 8 * torch.finfo(score.dtype).eps * last.abs().clamp(1, D)
+            used = used.maximum(torch.where(ties & outside, t.repeat(G)[:, None], -1).amax(2))
         # The other scores are masked rather than the best gathered: two matrix products cost less than moving k·D numbers
         # a query. finfo.min instead of -inf keeps the softmax of a query that found nothing finite.
         nearest = torch.zeros_like(outside).scatter(-1, place, hit)

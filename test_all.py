@@ -279,6 +279,17 @@ def test_split_and_causality(variant, memory):
         assert torch.equal(net(changed(idx, t))[:, :t], full[:, :t]) or error(net(changed(idx, t))[:, :t], full[:, :t]) < 1e-14, t
 
 
+@each(seed=range(4))
+@torch.no_grad()
+def test_knn_lru_forgets_the_same_however_equal_keys_are_read(seed):
+    net, idx = small("knn", "lru"), tokens(seed) % 7  # seven tokens: in the first layer most keys are exactly equal
+    full, state, steps = net.stream(idx)[0], None, []
+    for t in range(T):
+        logits, state = net.stream(idx[:, t:t + 1], state)
+        steps.append(logits)
+    assert error(torch.cat(steps, 1), full) < 1e-10
+
+
 @each(memory=list(MEMORIES), layers=[1, 2])
 @torch.no_grad()
 def test_influence(memory, layers):
