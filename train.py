@@ -123,7 +123,7 @@ class RunConfig(Config, FitConfig):
 
 # Added to model.PRESETS, the architecture side. gpt2 is the recipe of Memory Mosaics, appendix (their table 3).
 TRAINING = {
-    "laptop": dict(lr=6e-3, batch_size=8, steps=600, eval_every=200),
+    "laptop": dict(lr=6e-3, batch_size=4, steps=1200, eval_every=300),
     "d12": dict(dataset="fineweb-edu", tokenizer="gpt2", vocab_size=0, batch_size=256, device_batch_size=32, steps=2520,
                 warmup=100, eval_every=250, eval_tokens=10_485_760, save_every=500),
     "gpt2": dict(dataset="tinystories", tokenizer="gpt2", batch_size=512, device_batch_size=64, steps=80_000,
