@@ -91,13 +91,37 @@ def locked(path):
         yield
 
 @contextlib.contextmanager
-def whole(path):
-    """A file to write that appears under its name complete, or not at all."""
-    with open(path + ".part", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+def disk(path):
+    """Turns a failed write (a full disk, a folder that may not be written) into one line that names the file: an
+    OSError that comes from an open file does not know its name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; files already written are intact, so make room (or "
+                        "choose another --out_dir) and give the same command again") from None
+
+@contextlib.contextmanager
+def replacing(path, keep=None):
+    """A binary file to write, which takes path's place once it is complete and on the disk: it appears under its name
+    whole, or not at all. keep: the new name of the file that stood there."""
+    temporary = f"{path}.tmp"
+    with disk(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and os.path.exists(path):
+                os.replace(path, keep)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+
+def did_you_mean(word, known, form="{}"):
+    """"; did you mean X?" with the known word that is most like this one, or nothing if none is alike."""
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {form.format(close[0])}?" if close else ""
 
 def add_file(digest, path, offset=0):
     with open(path, "rb") as file:
@@ -397,7 +421,7 @@ def trained_tokens(size, text, cache, quiet=False):
         print(f"note: {path} is damaged and is made again")
     began = time.time()
     tokens = train_bpe(count_words(text), size - 1)
-    with whole(path) as file:
+    with replacing(path) as file:
         file.writelines(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     if not quiet:
         print(f"trained bpe:{size} on {text.name} in {time.time() - began:.1f} s", file=sys.stderr)
@@ -444,7 +468,7 @@ def tokenize(text, encoding, folder, quiet=False):
     update = progress(f"tokenizing {text.name}", total, quiet)
     eos, lengths = np.array([encoding.eot_token], dtype), ([], [])
     texts = ((doc, int(val)) for (*_, doc, _), val in zip(text.documents(), is_val))
-    with whole(os.path.join(folder, "train.bin")) as train, whole(os.path.join(folder, "val.bin")) as val, \
+    with replacing(os.path.join(folder, "train.bin")) as train, replacing(os.path.join(folder, "val.bin")) as val, \
             ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:   # tiktoken lets go of Python's lock
         while batch := list(itertools.islice(texts, 128)):
             docs, where = zip(*batch)
@@ -456,7 +480,7 @@ def tokenize(text, encoding, folder, quiet=False):
     files = {}
     for split, length in zip(("train", "val"), map(np.array, lengths)):
         files[split] = [[split + ".bin", 0, int(length.sum() + len(length))]]
-        with whole(os.path.join(folder, split + ".npy")) as file:
+        with replacing(os.path.join(folder, split + ".npy")) as file:
             np.save(file, [np.cumsum(length + 1) - length, length])
     return dict(files=files, dtype=dtype.str, replaced=replaced)
 
@@ -470,7 +494,7 @@ def index_shards(text, folder):
             documents.append(np.array(shard_documents(tokens)) + [[base], [0]])
             base += len(tokens)
             found.append([os.path.relpath(path, folder), SHARD_HEADER, len(tokens)])
-        with whole(os.path.join(folder, split + ".npy")) as file:
+        with replacing(os.path.join(folder, split + ".npy")) as file:
             np.save(file, np.concatenate(documents, axis=1))
     return dict(files=files, dtype="<u2", replaced=(0, 0))
 
@@ -505,7 +529,7 @@ def prepare(text, encoding, cache, quiet=False):
         add_file(digest, os.path.join(part, name), offset)
         names.append(name)
     meta.update(sha256=digest.hexdigest(), sizes={n: os.path.getsize(os.path.join(part, n)) for n in names})
-    with whole(os.path.join(part, "meta.json")) as file:
+    with replacing(os.path.join(part, "meta.json")) as file:
         file.write(json.dumps(meta, indent=1).encode())
     os.replace(part, folder)
     return folder, meta

@@ -31,7 +31,7 @@ References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov
 2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394), the backbone of the d12 preset (nanochat, via memory-bench).
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -45,64 +45,72 @@ from memories import TTTState, gated_delta_rule, leaky_average, ttt_linear
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-def option(default, help: str, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, group: str = "architecture", choices: tuple = (), low=-math.inf, high=math.inf):
+    """A field of a configuration: its default, what it means, and which values it may have.
+
+    `group` is the heading under which --help lists it. The fields of the group "run" change how a run is executed and
+    not what it computes. A number has to be finite and lie in [low, high]; a value has to be one of `choices` if there
+    are any.
+    """
+    return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low, high=high))
+
+
+def check_options(config) -> None:
+    """Raises ValueError for the first field of a dataclass of options that has a value it may not have."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices = f.metadata["choices"]
+        low = f.metadata["low"]
+        high = f.metadata["high"]
+        if choices and value not in choices:
+            names = ", ".join(map(str, choices))
+            raise ValueError(f"{f.name}={value} was given, expected one of {names}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{f.name}={value} was given, expected a finite number from {low} to {high}")
 
 
 @dataclass
 class Config:
     """The architecture, flat. Raises ValueError with one sentence for a combination that cannot be built."""
-    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic")
-    memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)")
-    n_layer: int = option(4, "number of blocks")
-    n_head: int = option(4, "attention heads")
-    n_kv_head: int = option(0, "key/value heads (grouped queries); 0 = n_head")
-    n_embd: int = option(128, "channels")
-    vocab_size: int = option(257, "size of the token vocabulary")
-    max_seq_len: int = option(512, "training length in tokens")
+    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic", "memory")
+    memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)", "memory")
+    n_layer: int = option(4, "number of blocks", low=1)
+    n_head: int = option(4, "attention heads", low=1)
+    n_kv_head: int = option(0, "key/value heads (grouped queries); 0 = n_head", low=0)
+    n_embd: int = option(128, "channels", low=1)
+    vocab_size: int = option(257, "size of the token vocabulary", low=1)
+    max_seq_len: int = option(512, "training length in tokens", low=1)
     window: str = option("SSSL", "attention layers' pattern, tiled: L all of the past, S short_window; the last is L")
-    short_window: int = option(0, "tokens an S layer sees; 0 = max_seq_len / 4")
-    sink_tokens: int = option(0, "first tokens of a sequence that every S layer keeps seeing")
-    pos: str = option("rope", "positions in attention layers", ("rope", "alibi", "learned", "none"))
-    rope_theta: float = option(100_000.0, "RoPE base wavelength")
-    norm: str = option("rms", "rms (no parameters) or layer", ("rms", "layer"))
-    activation: str = option("relu2", "MLP nonlinearity", ("relu2", "gelu"))
+    short_window: int = option(0, "tokens an S layer sees; 0 = max_seq_len / 4", low=0)
+    sink_tokens: int = option(0, "first tokens of a sequence that every S layer keeps seeing", low=0)
+    pos: str = option("rope", "positions in attention layers", choices=("rope", "alibi", "learned", "none"))
+    rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
+    norm: str = option("rms", "rms (no parameters) or layer", choices=("rms", "layer"))
+    activation: str = option("relu2", "MLP nonlinearity", choices=("relu2", "gelu"))
     bias: bool = option(False, "biases in linear layers and LayerNorms")
     tie_embeddings: bool = option(False, "share the input and output embedding")
     qk_norm: bool = option(True, "normalise queries and keys per head")
-    softcap: float = option(15.0, "logits = c tanh(logits / c); 0 = off")
+    softcap: float = option(15.0, "logits = c tanh(logits / c); 0 = off", low=0)
     value_embeds: bool = option(False, "token-id value embeddings on alternating layers, gated by the input")
-    dropout: float = option(0.0, "dropout on embeddings, attention weights and residual branches")
-    persistent_slots: int = option(32, "persistent: learned key/value pairs a layer")
-    rmt_tokens: int = option(16, "rmt: memory tokens; 0 = the same segments without memory (its fair baseline)")
-    rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4")
-    rmt_bptt: int = option(8, "rmt: segment boundaries that each segment's gradient crosses backwards")
-    ttt_chunk: int = option(16, "ttt: inner mini-batch K, tokens a gradient step")
-    conv_width: int = option(4, "deltanet: width of the causal convolution before q, k, v")
-    expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)")
-    knn_capacity: int = option(512, "knn: pairs the store holds")
-    knn_topk: int = option(32, "knn: nearest keys each query retrieves")
-    knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", ("fifo", "lru"))
-    mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block")
+    dropout: float = option(0.0, "dropout on embeddings, attention weights and residual branches", low=0, high=0.999)
+    persistent_slots: int = option(32, "persistent: learned key/value pairs a layer", "memory", low=0)
+    rmt_tokens: int = option(16, "rmt: memory tokens; 0 = the same segments without memory (its fair baseline)", "memory", low=0)
+    rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4", "memory", low=0)
+    rmt_bptt: int = option(8, "rmt: segment boundaries that each segment's gradient crosses backwards", "memory", low=0)
+    ttt_chunk: int = option(16, "ttt: inner mini-batch K, tokens a gradient step", "memory", low=1)
+    conv_width: int = option(4, "deltanet: width of the causal convolution before q, k, v", "memory", low=1)
+    expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)", "memory", low=1)
+    knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
+    knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
+    knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory", choices=("fifo", "lru"))
+    mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block", "memory", low=0)
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        check_options(self)
         if self.memory not in MEMORIES:
             raise ValueError(f"memory={self.memory!r} is not known; choose one of {', '.join(MEMORIES)}")
-        for name, f in self.__dataclass_fields__.items():
-            choices, value = f.metadata.get("choices"), getattr(self, name)
-            if choices and value not in choices:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, choices))}")
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "ttt_chunk", "conv_width", "expand_v",
-                     "knn_capacity", "knn_topk", "n_kv_head", "rope_theta"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} was given, expected at least 1")
-        for name in ("short_window", "sink_tokens", "persistent_slots", "rmt_tokens", "rmt_segment", "rmt_bptt",
-                     "mosaic_slots", "softcap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} was given, expected 0 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} was given, expected a number in [0, 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads; make it a multiple")
         if self.pos == "rope" and self.head_dim % 2:

@@ -96,6 +96,26 @@ def raises(kind, function, *parts):
     raise AssertionError(f"no {kind.__name__} was raised")
 
 
+def call(main, *argv):
+    """A script's main in this process -> exit status, stdout, stderr"""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in argv])
+        except SystemExit as e:  # how argparse ends after --help
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(main, argv, *words):
+    """main ends with status 2 and one line "error: ..." that holds every word."""
+    status, out, err = call(main, *argv)
+    assert status == 2, (argv, status, out, err)
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err + out, err
+    for word in words:
+        assert word in err, (word, err)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # memories.py: the chunked forms are the loops, values and gradients
 
@@ -1525,14 +1545,6 @@ def workplace():
             os.chdir(old)
 
 
-def call(*argv):
-    """main in this process -> status, stdout, stderr"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train.main(list(argv))
-    return status, out.getvalue(), err.getvalue()
-
-
 def log(folder) -> list[dict]:
     """log.jsonl without its clock"""
     records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
@@ -1564,14 +1576,6 @@ def torchrun(*argv):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
                                                          "PYTHONPATH": os.pathsep.join(sys.path)})
-
-
-def refused(argv, *words):
-    status, out, err = call(*argv)
-    assert status == 2, (argv, status, out, err)
-    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err + out, err
-    for word in words:
-        assert word in err, (word, err)
 
 
 def tiny(**kw):
@@ -1625,39 +1629,39 @@ def test_run_names():
 
 def test_bad_input_is_one_line_and_status_2():
     with workplace() as (folder, base):
-        refused(["--memroy=ttt"], "--memory")
-        refused(["--stepz", "4"], "--steps")
-        refused(["--xyzzy=1"], "xyzzy")
-        refused(["extra"], "extra")
-        refused(["--steps"], "steps")
-        refused(["--steps=many"], "--steps=many", "whole number")
-        refused(["--lr=fast"], "--lr=fast", "a number")
-        refused(["--bias=maybe"], "true or false")
-        refused(["--preset=huge"], "huge", "laptop")
-        refused(["--optimizer=sgd"], "sgd", "muon")
-        refused(["--memory=mamba"], "mamba", "deltanet")
-        refused(["--pos=nope"], "nope", "rope")
-        refused(["--n_head=3"], "n_head=3")
-        refused(["--window=SXL"], "SXL")
-        refused(["--memory=ttt", "--memory_layers=9"], "9")
-        refused(["--memory=none,rmt", "--rmt_segment=60", *base], "60")  # the sweep's first run is not even begun
+        refused(train.main, ["--memroy=ttt"], "--memory")
+        refused(train.main, ["--stepz", "4"], "--steps")
+        refused(train.main, ["--xyzzy=1"], "xyzzy")
+        refused(train.main, ["extra"], "extra")
+        refused(train.main, ["--steps"], "steps")
+        refused(train.main, ["--steps=many"], "--steps=many", "whole number")
+        refused(train.main, ["--lr=fast"], "--lr=fast", "a number")
+        refused(train.main, ["--bias=maybe"], "true or false")
+        refused(train.main, ["--preset=huge"], "huge", "laptop")
+        refused(train.main, ["--optimizer=sgd"], "sgd", "muon")
+        refused(train.main, ["--memory=mamba"], "mamba", "deltanet")
+        refused(train.main, ["--pos=nope"], "nope", "rope")
+        refused(train.main, ["--n_head=3"], "n_head=3")
+        refused(train.main, ["--window=SXL"], "SXL")
+        refused(train.main, ["--memory=ttt", "--memory_layers=9"], "9")
+        refused(train.main, ["--memory=none,rmt", "--rmt_segment=60", *base], "60")  # the sweep's first run is not even begun
         assert not Path("runs").exists()
-        refused(["--steps=0"], "--steps=0")
-        refused(["--lr=nan"], "--lr=nan")
-        refused(["--lr=-1"], "--lr=-1")
-        refused(["--lr=inf"], "--lr=inf")
+        refused(train.main, ["--steps=0"], "--steps=0")
+        refused(train.main, ["--lr=nan"], "--lr=nan")
+        refused(train.main, ["--lr=-1"], "--lr=-1")
+        refused(train.main, ["--lr=inf"], "--lr=inf")
         Path("file").write_text("")
-        refused([*base, "--out_dir=file"], "cannot write", "file")
-        refused(["--beta2=1"], "--beta2=1")
-        refused(["--clip=,1"], "--clip=")
-        refused(["--vocab_size=100", *base], "100", "257")
-        refused(["--device_batch_size=3", *base], "device_batch_size=3", "4")
-        refused(["--dtype=bfloat16", *base], "bfloat16")
-        refused(["--data_sha256=abc", *base], "abc")
-        refused(["--seed=1,2", "--name=x", *base], "--name=x")
-        refused([*base, "--dataset=/nowhere/at/all"], "/nowhere/at/all")
+        refused(train.main, [*base, "--out_dir=file"], "cannot write", "file")
+        refused(train.main, ["--beta2=1"], "--beta2=1")
+        refused(train.main, ["--clip=,1"], "--clip=")
+        refused(train.main, ["--vocab_size=100", *base], "100", "257")
+        refused(train.main, ["--device_batch_size=3", *base], "device_batch_size=3", "4")
+        refused(train.main, ["--dtype=bfloat16", *base], "bfloat16")
+        refused(train.main, ["--data_sha256=abc", *base], "abc")
+        refused(train.main, ["--seed=1,2", "--name=x", *base], "--name=x")
+        refused(train.main, [*base, "--dataset=/nowhere/at/all"], "/nowhere/at/all")
         if not torch.cuda.is_available():
-            refused([*base, "--device=cuda"], "CUDA")
+            refused(train.main, [*base, "--device=cuda"], "CUDA")
 
 
 # ---------------------------------------------------------------- optimizer
@@ -1736,7 +1740,7 @@ def test_fit_trains_any_module():
 def test_accumulation_is_one_big_batch():
     with workplace() as (folder, base):
         for n in (4, 2, 1):
-            assert call(*base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")[0] == 0
+            assert call(train.main, *base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")[0] == 0
         big, half, one = (log(f"runs/b{n}") for n in (4, 2, 1))
         for a, b, c in zip(big, half, one):
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5) and math.isclose(a["loss"], c["loss"], rel_tol=1e-5)
@@ -1746,7 +1750,7 @@ def test_accumulation_is_one_big_batch():
 def test_two_ranks_are_one_rank_for_every_memory():
     with workplace() as (folder, base):
         every = ["--memory=" + ",".join(MEMORIES), "--steps=4", "--batch_size=4", "--sample_tokens=0", *base[:-1]]
-        status, _, err = call(*every, "--out_dir=one", "--device_batch_size=2")
+        status, _, err = call(train.main, *every, "--out_dir=one", "--device_batch_size=2")
         assert status == 0, err
         done = torchrun("--standalone", "--nproc_per_node=2", train.__file__, *every, "--out_dir=two",
                         "--device_batch_size=1")
@@ -1766,7 +1770,7 @@ def test_two_ranks_are_one_rank_for_every_memory():
 def test_two_nodes_are_one():
     with workplace() as (folder, base):
         flags = [*base, "--steps=2", "--sample_tokens=0"]
-        assert call(*flags, "--name=one")[0] == 0
+        assert call(train.main, *flags, "--name=one")[0] == 0
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -1780,7 +1784,7 @@ def test_two_nodes_are_one():
 def test_dropout_does_not_depend_on_history():
     with workplace() as (folder, base):
         flags = [*base, "--steps=6", "--dropout=0.2", "--save_every=1"]
-        assert call(*flags, "--name=whole")[0] == 0
+        assert call(train.main, *flags, "--name=whole")[0] == 0
         interrupted(flags, "cut", at=4)
         assert log("runs/cut") == log("runs/whole")
 
@@ -1802,14 +1806,14 @@ def interrupted(flags, run, at):
 
     train.accumulate = dying
     try:
-        call(*flags, f"--name={run}")
+        call(train.main, *flags, f"--name={run}")
         raise AssertionError("was not interrupted")
     except Killed:
         pass
     finally:
         train.accumulate = original
     assert not Path(f"runs/{run}/result.json").exists()
-    status, out, err = call(*flags, f"--name={run}")
+    status, out, err = call(train.main, *flags, f"--name={run}")
     assert status == 0, err
     return out
 
@@ -1818,7 +1822,7 @@ def test_resume_is_bit_identical_for_every_memory():
     with workplace() as (folder, base):
         for memory in MEMORIES:
             flags = [*base, f"--memory={memory}", "--steps=5", "--save_every=2", "--eval_every=2", "--dropout=0.1"]
-            assert call(*flags, f"--name={memory}-whole")[0] == 0
+            assert call(train.main, *flags, f"--name={memory}-whole")[0] == 0
             out = interrupted(flags, memory, at=4)
             assert "from step 2" in out, out
             assert log(f"runs/{memory}") == log(f"runs/{memory}-whole"), memory
@@ -1828,7 +1832,7 @@ def test_resume_is_bit_identical_for_every_memory():
 def test_sigkill_then_the_same_command_is_bit_identical():
     with workplace() as (folder, base):
         flags = [*base, "--steps=40", "--save_every=3", "--eval_every=7", "--memory=deltanet"]
-        assert call(*flags, "--name=whole")[0] == 0
+        assert call(train.main, *flags, "--name=whole")[0] == 0
         command = [sys.executable, train.__file__, *flags, "--name=killed"]
         env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
@@ -1840,7 +1844,7 @@ def test_sigkill_then_the_same_command_is_bit_identical():
         process.kill()
         process.wait()
         assert not Path("runs/killed/result.json").exists()
-        status, out, err = call(*flags, "--name=killed")
+        status, out, err = call(train.main, *flags, "--name=killed")
         assert status == 0 and "continuing" in out, err
         assert log("runs/killed") == log("runs/whole") and same_tensors(weights("runs/killed"), weights("runs/whole"))
 
@@ -1859,19 +1863,19 @@ def test_sigterm_and_sigint_write_a_checkpoint_and_say_how_to_go_on():
 
             train.accumulate = signalled
             try:
-                status, out, err = call(*flags)
+                status, out, err = call(train.main, *flags)
             finally:
                 train.accumulate = original
             assert status == 128 + number and "same command" in out and f"--name={number.name}" in out and not err
             assert torch.load(f"runs/{number.name}/ckpt.pt", weights_only=True)["step"] == 3
-            assert call(*flags)[0] == 0 and len(log(f"runs/{number.name}")) == 8
+            assert call(train.main, *flags)[0] == 0 and len(log(f"runs/{number.name}")) == 8
             assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one():
     with workplace() as (folder, base):
         flags = [*base, "--steps=6", "--save_every=2"]
-        assert call(*flags, "--name=whole")[0] == 0
+        assert call(train.main, *flags, "--name=whole")[0] == 0
 
         def truncate(path):
             path.write_bytes(path.read_bytes()[:1000])
@@ -1882,27 +1886,27 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one():
             path.write_bytes(bytes(b))
 
         for i, damage in enumerate((truncate, flip, lambda p: p.write_bytes(b""), lambda p: p.unlink())):
-            assert call(*flags, f"--name=r{i}")[0] == 0
+            assert call(train.main, *flags, f"--name=r{i}")[0] == 0
             folder = Path(f"runs/r{i}")
             (folder / "result.json").unlink()
             damage(folder / "ckpt.pt")
-            status, out, err = call(*flags, f"--name=r{i}")
+            status, out, err = call(train.main, *flags, f"--name=r{i}")
             assert status == 0 and "from step 4" in out and (i == 3 or "damaged" in out), (i, out, err)
             assert log(folder) == log("runs/whole")
             (folder / "result.json").unlink()
             truncate(folder / "ckpt.pt"), truncate(folder / "ckpt.prev.pt")
-            status, out, err = call(*flags, f"--name=r{i}")
+            status, out, err = call(train.main, *flags, f"--name=r{i}")
             assert status == 0 and "starts over" in out
             assert log(folder) == log("runs/whole") and same_tensors(weights(folder), weights("runs/whole"))
 
 
 def test_another_architecture_is_refused():
     with workplace() as (folder, base):
-        assert call(*base, "--steps=2", "--name=a")[0] == 0
-        refused([*base, "--steps=2", "--name=a", "--memory=ttt", "--seed=5"], "memory (there none, now ttt)", "seed (there 1, now 5)")
+        assert call(train.main, *base, "--steps=2", "--name=a")[0] == 0
+        refused(train.main, [*base, "--steps=2", "--name=a", "--memory=ttt", "--seed=5"], "memory (there none, now ttt)", "seed (there 1, now 5)")
         Path("runs/a/result.json").unlink()
-        refused([*base, "--steps=2", "--name=a", "--n_embd=64"], "n_embd (there 32, now 64)")
-        assert call(*base, "--steps=2", "--name=a", "--eval_every=1", "--device_batch_size=1")[0] == 0  # these may change
+        refused(train.main, [*base, "--steps=2", "--name=a", "--n_embd=64"], "n_embd (there 32, now 64)")
+        assert call(train.main, *base, "--steps=2", "--name=a", "--eval_every=1", "--device_batch_size=1")[0] == 0  # these may change
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint():
@@ -1911,7 +1915,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint():
         calls = itertools.count(1)
         train.accumulate = lambda *a: original(*a) * (math.nan if next(calls) == 4 else 1)
         try:
-            refused([*base, "--steps=6", "--save_every=2", "--name=a"], "step 4", "step 2")
+            refused(train.main, [*base, "--steps=6", "--save_every=2", "--name=a"], "step 4", "step 2")
         finally:
             train.accumulate = original
         assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2 and not Path("runs/a/result.json").exists()
@@ -1928,21 +1932,21 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint():
         original, calls = train.torch.save, itertools.count(1)
         train.torch.save = lambda *a: full() if next(calls) == 2 else original(*a)
         try:
-            refused(flags, "No space left", "ckpt.pt")
+            refused(train.main, flags, "No space left", "ckpt.pt")
         finally:
             train.torch.save = original
         assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2
         assert not list(Path("runs/a").glob("*.tmp"))
         with limited_files(1000):  # the log's turn
-            refused([*base, "--steps=90", "--name=b"], "cannot write", "log.jsonl")
+            refused(train.main, [*base, "--steps=90", "--name=b"], "cannot write", "log.jsonl")
         # a real one, half-way through the file: a limit on the size of files
         for limit in (2_000, 100_000, 900_000):  # what torch raises depends on where in the file it happens
             with limited_files(limit):
-                refused([*base, "--steps=2", "--n_embd=128", f"--name=c{limit}"], "cannot write", "ckpt.pt")
+                refused(train.main, [*base, "--steps=2", "--n_embd=128", f"--name=c{limit}"], "cannot write", "ckpt.pt")
             assert not list(Path(f"runs/c{limit}").glob("*.pt*"))
         assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2
         assert not list(Path("runs/a").glob("*.tmp"))
-        assert call(*flags)[0] == 0 and len(log("runs/a")) == 6
+        assert call(train.main, *flags)[0] == 0 and len(log("runs/a")) == 6
 
 
 # ---------------------------------------------------------------- results
@@ -1953,12 +1957,12 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
         original, calls = train.accumulate, itertools.count(1)
         train.accumulate = lambda *a: original(*a) * (math.nan if next(calls) == 3 else 1)  # first step of none, seed 2
         try:
-            status, out, err = call(*flags)
+            status, out, err = call(train.main, *flags)
         finally:
             train.accumulate = original
         assert status == 2 and err.count("\n") == 1 and "1 of 4" in err and "-none-" in err and "-s2" in err, err
         assert len(list(Path("runs").glob("*/result.json"))) == 3
-        status, out, err = call(*flags)
+        status, out, err = call(train.main, *flags)
         assert status == 0 and out.count("skipped") == 3, out
         head, *rows = out[out.rindex("\nmemory  ") + 1:].splitlines()
         for column in ("memory", "window", "val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s",
@@ -1971,7 +1975,7 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
 
 def test_result_has_everything_and_the_files_are_there():
     with workplace() as (folder, base):
-        status, out, err = call(*base, "--steps=3", "--name=a", "--memory=persistent")
+        status, out, err = call(train.main, *base, "--steps=3", "--name=a", "--memory=persistent")
         assert status == 0, err
         r = json.loads(Path("runs/a/result.json").read_text())
         for key in ("memory window preset seed max_seq_len config dataset data_sha256 val_bpb val_loss train_tokens total_params "
@@ -1990,7 +1994,7 @@ def test_result_has_everything_and_the_files_are_there():
             assert word in out, word
         assert same_tensors(model.state_dict(), weights("runs/a")) and checkpoint["step"] == 3
         Path("runs/a/result.json").unlink()  # killed between the last checkpoint and the result
-        assert call(*base, "--steps=3", "--name=a", "--memory=persistent")[0] == 0
+        assert call(train.main, *base, "--steps=3", "--name=a", "--memory=persistent")[0] == 0
         again = json.loads(Path("runs/a/result.json").read_text())
         assert all(again[k] == r[k] for k in r if not k.startswith("peak")), (again, r)
         corpus = train.load_corpus(cfg.dataset, cfg.tokenizer)

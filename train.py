@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import UserError
+from data import UserError, disk, replacing
 from model import GPT, PRESETS, Config, state_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,6 +114,8 @@ class RunConfig(Config, FitConfig):
         model_config(self)
         for f in fields(self):
             value, known = getattr(self, f.name), f.metadata
+            if f.name in Config.__dataclass_fields__:
+                continue
             if known.get("choices") and value not in known["choices"]:
                 raise UserError(f"--{f.name}={value}: expected one of {', '.join(known['choices'])}")
             low, high = known.get("low", -math.inf), known.get("high", math.inf)
@@ -162,8 +164,7 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     groups = {g: parser.add_argument_group(g) for g in ("architecture", "memory", "data", "optimisation", "run")}
     shown = preset_config(next((a[9:] for a in argv if a.startswith("--preset=") and a[9:] in PRESETS), "laptop"))
     for f in fields(RunConfig):
-        memory = f.name.startswith(("memory", "persistent", "rmt", "ttt", "conv_", "expand_", "knn", "mosaic"))
-        group = groups[f.metadata.get("group") or ("memory" if memory else "architecture")]
+        group = groups[f.metadata["group"]]
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kinds[f.name].upper(),
                            help=f"{f.metadata['help']} (default: {getattr(shown, f.name)})".replace("%", "%%"))
     flags, unknown = parser.parse_known_args(argv)
@@ -344,33 +345,6 @@ def lr_at(step: int, cfg) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-@contextmanager
-def disk(path: Path):
-    """Turns a failed write (a full disk, a folder that may not be written) into one line."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; checkpoints already written are intact, so make room (or "
-                        "choose another --out_dir) and give the same command again") from None
-
-
-@contextmanager
-def replacing(path: Path, keep: Path | None = None):
-    """A file to write that takes path's place once it is complete and on the disk. keep: the old one's new name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk(path):
-        try:
-            with open(temporary, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            if keep and path.exists():
-                os.replace(path, keep)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
 
 def save_checkpoint(out: Path, cfg, step: int, seconds: float, model, optimizers, log) -> None:
     os.fsync(log.fileno())  # first the log: a checkpoint must never know more lines than the disk has
