@@ -1,35 +1,38 @@
-"""Train a language model with any of the memories: settings, optimizer, the one training loop, checkpoints, sweeps.
+"""Train a language model with any of the memories: settings, the one training loop, checkpoints, runs.
 
     python train.py                                                  the laptop preset, minutes on two cores
     python train.py --memory=deltanet --steps=200                    every field of RunConfig is a flag (--help)
     python train.py --memory=none,rmt,mosaic --seed=1,2              commas make a grid; finished runs are skipped
     torchrun --nproc_per_node=8 train.py --preset=d12                several GPUs, or several nodes with --nnodes
 
-A run writes out/<run>/: result.json (last, so it marks a finished run), log.jsonl (one line a step), ckpt.pt and the
-one before it, loss.png. The same command continues an interrupted run, bit for bit on a CPU: the batch and the
-dropout of a step are functions of (seed, step, rank) alone, and the log is cut back to the checkpoint.
+A run writes out/<run>/: result.json (last, so that it marks a finished run), log.jsonl (one line a step), ckpt.pt and
+the checkpoint before it, loss.png. The same command continues an interrupted run, bit for bit on a CPU: the batch and
+the dropout of a step depend on (seed, step, rank) alone, and the log is cut back to the checkpoint.
 
 Glossary
     step               one update of the weights by batch_size rows of max_seq_len tokens, summed over all ranks
     rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
-    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over targets that stand for any bytes
-    MFU                model FLOPs utilisation: FLOPs the model needs a second / the GPU's bf16 peak
+    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes
+    MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
+    job                a function from a configuration to measurements: `train` here, three more in toys.py
 
 Reading order
-    FitConfig, RunConfig    every setting             parse_args     presets, flags and sweeps -> RunConfigs
-    Muon, build_optimizer   who updates what          checkpoints    replacing, save, find, resume
-    fit                     the loop (toys.py too)    evaluate_bpb   bits per byte, also by position
-    train, main             one run; all of them
+    settings           FitConfig, RunConfig, the presets
+    the loop           fit, and the steps it is made of: update, accumulate, the learning rate
+    what it is made of optimizers, checkpoints, signals and progress, processes and devices
+    measuring          bits per byte, memory, parameters, a sample, the loss curve
+    flags and runs     the command line -> configurations -> run_all -> one result.json a run
+    train, main        the job of this script, and its command line
 
 References
-    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon  its scale: Liu et al. 2025, arXiv 2502.16982
-    AdamW: Loshchilov & Hutter 2019, 1711.05101                  warm-up, stable, warm-down: Hu et al. 2024, 2404.06395
+    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon; its scale: Liu et al. 2025, arXiv 2502.16982
+    AdamW: Loshchilov & Hutter 2019, 1711.05101; warm-up, stable, warm-down: Hu et al. 2024, 2404.06395
 """
 import argparse
-import difflib
 import errno
 import gc
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -42,11 +45,14 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -57,73 +63,92 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import UserError, disk, replacing
-from model import GPT, PRESETS, Config, state_bytes
+from data import UserError, did_you_mean, disk, replacing
+from model import GPT, PRESETS, Config, check_options, option, state_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
-def opt(default, help: str, group: str = "optimisation", choices: tuple = (), low=0, high=math.inf):
-    return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low, high=high))
+BETA1 = 0.9      # AdamW's decay of the mean gradient
+MOMENTUM = 0.95  # Muon's, in Nesterov's form
 
 
 @dataclass
 class FitConfig:
-    """What `fit` needs to know. The fields of the group "run" change how a run is executed, not what it computes."""
-    seed: int = opt(1, "of the initial weights, the order of the data and dropout", high=2**32)
-    steps: int = opt(400, "updates of the weights", low=1)
-    optimizer: str = opt("muon", "muon: hidden matrices by Muon, the rest by AdamW; adamw: all by AdamW",
-                         choices=("muon", "adamw"))
-    lr: float = opt(3e-3, "peak learning rate, Muon's and AdamW's alike")
-    min_lr: float = opt(0.0, "learning rate at the end")
-    embed_lr: float = opt(1.0, "embeddings learn at lr times this")
-    schedule: str = opt("wsd", "wsd: warm up, hold, decay linearly; cosine: warm up, decay by a cosine",
-                        choices=("wsd", "cosine"))
-    warmup: int = opt(20, "steps of linear warm-up")
-    warmdown: float = opt(0.4, "wsd: the share of the steps that decays", high=1)
-    weight_decay: float = opt(0.1, "decoupled decay of every parameter with two or more dimensions")
-    beta1: float = opt(0.9, "AdamW's decay of the mean gradient", high=0.99999)
-    beta2: float = opt(0.95, "AdamW's decay of the mean squared gradient", high=0.99999)
-    momentum: float = opt(0.95, "Muon's (Nesterov)", high=0.99999)
-    clip: float = opt(1.0, "largest gradient norm; 0 = do not clip")
-    dtype: str = opt("auto", "of matrix products: float32 (TF32 on CUDA), or bfloat16 by autocast (auto on CUDA, from "
-                     "Ampere on); weights are float32", choices=("auto", "float32", "bfloat16"))
-    device_batch_size: int = opt(0, "rows in one forward pass on one device; more are accumulated; 0 = all", "run")
-    eval_every: int = opt(100, "steps between evaluations (always one at the end); 0 = only at the end", "run")
-    save_every: int = opt(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run")
-    device: str = opt("auto", "auto = cuda where there is one", "run", ("auto", "cpu", "cuda"))
-    compile: str = opt("auto", "torch.compile; auto = on CUDA under Linux", "run", ("auto", "true", "false"))
+    """What `fit` needs to know. Raises ValueError for a value that is not allowed."""
+    seed: int = option(1, "of the initial weights, the order of the data and dropout", "optimisation", low=0, high=2**32)
+    steps: int = option(400, "updates of the weights", "optimisation", low=1)
+    batch_size: int = option(16, "rows of a step, over all ranks", "optimisation", low=1)
+    optimizer: str = option("muon", "muon: hidden matrices by Muon, the rest by AdamW; adamw: all by AdamW",
+                            "optimisation", choices=("muon", "adamw"))
+    lr: float = option(3e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
+    min_lr: float = option(0.0, "learning rate at the end", "optimisation", low=0)
+    schedule: str = option("wsd", "wsd: warm up, hold, decay linearly; cosine: warm up, decay by a cosine",
+                           "optimisation", choices=("wsd", "cosine"))
+    warmup: int = option(20, "steps of linear warm-up", "optimisation", low=0)
+    warmdown: float = option(0.4, "wsd: the share of the steps that decays", "optimisation", low=0, high=1)
+    weight_decay: float = option(0.1, "decoupled decay of every parameter with two or more dimensions", "optimisation",
+                                 low=0)
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", "optimisation", low=0, high=0.99999)
+    clip: float = option(1.0, "largest gradient norm; 0 = do not clip", "optimisation", low=0)
+    dtype: str = option("auto", "of matrix products: float32 (TF32 on CUDA), or bfloat16 by autocast (auto on CUDA, "
+                        "from Ampere on); weights are float32", "optimisation", choices=("auto", "float32", "bfloat16"))
+    device_batch_size: int = option(0, "rows in one forward pass on one device; more are accumulated; 0 = all", "run",
+                                    low=0)
+    device: str = option("auto", "auto = cuda where there is one", "run", choices=("auto", "cpu", "cuda"))
+    compile: str = option("auto", "torch.compile; auto = on CUDA under Linux", "run", choices=("auto", "true", "false"))
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class RunConfig(Config, FitConfig):
-    """Everything about one run: the architecture (Config), the training (FitConfig), the data and the names."""
-    vocab_size: int = opt(0, "tokens in the embedding; 0 = as many as the tokenizer has", "architecture")
-    preset: str = opt("laptop", "the settings that flags then change", "run", tuple(PRESETS))
-    dataset: str = opt("python", "python, fineweb-edu, tinystories, simplewiki, shakespeare, or a file or folder",
-                       "data")
-    tokenizer: str = opt("byte", "byte, gpt2, or bpe:N (N tokens, trained on the corpus)", "data")
-    data_sha256: str = opt("", "of the token stream; filled in, or given to insist on exactly this data", "data")
-    eval_tokens: int = opt(131072, "validation tokens in an evaluation; 0 = all", "data")
-    batch_size: int = opt(16, "rows of max_seq_len tokens in a step, over all ranks", low=1)
-    sample_tokens: int = opt(200, "length of the text generated at the end, max_seq_len at most; 0 = none", "run")
-    out_dir: str = opt("out", "where run folders go", "run")
-    name: str = opt("", "name of the run folder; made from the other settings if empty", "run")
+    """Everything about one run: the architecture (Config), the training (FitConfig), the data and the names. Raises
+    ValueError for a value that is not allowed and for an architecture that cannot be built."""
+    vocab_size: int = option(0, "tokens in the embedding; 0 = as many as the tokenizer has", low=0)
+    preset: str = option("laptop", "the settings that flags then change", "run", choices=tuple(PRESETS))
+    dataset: str = option("python", "python, python-docs, fineweb-edu, tinystories, simplewiki, shakespeare, or a file "
+                          "or folder", "data")
+    tokenizer: str = option("byte", "byte, gpt2, or bpe:N (N tokens, trained on the corpus)", "data")
+    data_sha256: str = option("", "of the token stream; filled in, or given to insist on exactly this data", "data")
+    eval_tokens: int = option(131072, "validation tokens in an evaluation; 0 = all", "data", low=0)
+    eval_every: int = option(100, "steps between evaluations (always one at the end); 0 = only at the end", "run", low=0)
+    save_every: int = option(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run", low=0)
+    sample_tokens: int = option(200, "length of the text generated at the end, max_seq_len at most; 0 = none", "run",
+                                low=0)
+    out_dir: str = option("out", "where run folders go", "run")
+    name: str = option("", "name of the run folder; made from the other settings if empty", "run")
 
     def __post_init__(self):
-        model_config(self)
-        for f in fields(self):
-            value, known = getattr(self, f.name), f.metadata
-            if f.name in Config.__dataclass_fields__:
-                continue
-            if known.get("choices") and value not in known["choices"]:
-                raise UserError(f"--{f.name}={value}: expected one of {', '.join(known['choices'])}")
-            low, high = known.get("low", -math.inf), known.get("high", math.inf)
-            if not isinstance(value, str) and not (low <= value <= high and math.isfinite(value)):
-                raise UserError(f"--{f.name}={value}: expected a finite number from {low} to {high}")
+        check_options(self)
+        self.architecture()
+
+    def architecture(self) -> Config:
+        """The architecture alone. Before the corpus is read any vocabulary will do to check the combination."""
+        settings = {f.name: getattr(self, f.name) for f in fields(Config)}
+        settings["vocab_size"] = self.vocab_size or 256
+        return Config(**settings)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out_dir, self.name)
+
+    def name_begins(self) -> dict:
+        """The settings whose bare values begin a run's name."""
+        return dict(preset=self.preset, memory=self.memory)
+
+    def usual(self):
+        """The configuration whose settings go without saying in a run's name."""
+        return preset_config(self.preset)
+
+    def identity(self) -> dict:
+        """What result.json repeats at its top."""
+        names = ("name", "memory", "window", "preset", "seed", "max_seq_len", "dataset", "tokenizer", "data_sha256")
+        return {name: getattr(self, name) for name in names}
 
 
-# Added to model.PRESETS, the architecture side. gpt2 is the recipe of Memory Mosaics, appendix (their table 3).
+# The training side of model.PRESETS. gpt2 is the recipe of Memory Mosaics (appendix, table 3).
 TRAINING = {
     "laptop": dict(lr=6e-3, batch_size=4, steps=1200, eval_every=300),
     "d12": dict(dataset="fineweb-edu", tokenizer="gpt2", vocab_size=0, batch_size=256, device_batch_size=32, steps=2520,
@@ -134,155 +159,196 @@ TRAINING = {
 }
 
 
-def build(kind, *args, **kwargs):
-    """Config or GPT, what they refuse being the user's to change."""
+def checked(kind: type, **settings):
+    """kind(**settings). What the configuration refuses is the user's to change: a UserError."""
     try:
-        return kind(*args, **kwargs)
+        return kind(**settings)
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-def model_config(cfg: RunConfig) -> Config:
-    """The architecture's part. Before the corpus is read any vocabulary will do to check the combination."""
-    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    return build(Config, **settings | {"vocab_size": cfg.vocab_size or 256})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message[0].lower() + message[1:] + " (--help lists the flags)")
-
-
-def parse_args(argv: list[str]) -> list[RunConfig]:
-    """Defaults < preset < flags. A comma in a value makes a sweep: one config for each point of the grid."""
-    kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(RunConfig)}
-    parser = Parser(prog="train.py", usage="train.py [--key=value ...]", allow_abbrev=False,
-                    description=__doc__.split("\n\nA run")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {g: parser.add_argument_group(g) for g in ("architecture", "memory", "data", "optimisation", "run")}
-    shown = preset_config(next((a[9:] for a in argv if a.startswith("--preset=") and a[9:] in PRESETS), "laptop"))
-    for f in fields(RunConfig):
-        group = groups[f.metadata["group"]]
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kinds[f.name].upper(),
-                           help=f"{f.metadata['help']} (default: {getattr(shown, f.name)})".replace("%", "%%"))
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-").replace("-", "_"), kinds, 1, 0.5)
-        raise UserError(f"unknown argument {unknown[0]}" + (f"; did you mean --{close[0]}=...?" if close else
-                                                            "; --help lists the flags"))
-    grid = {name: [parse_value(name, kinds[name], v) for v in text.split(",")] for name, text in vars(flags).items()}
-    order = sorted(grid, key=lambda name: name == "seed")  # in the order given, seeds innermost
-    points = itertools.product(*(grid[name] for name in order))
-    configs = [name_run(preset_config(**dict(zip(order, point)))) for point in points]
-    names = [c.name for c in configs]
-    if len(set(names)) < len(names):
-        raise UserError(f"--name={names[0]} is one folder but the sweep has {len(names)} runs; leave --name out")
-    return configs
-
-
-def parse_value(name: str, kind: str, text: str):
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[kind](text)
-    except (ValueError, KeyError):
-        expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
-        raise UserError(f"--{name}={text}: expected {expected}") from None
-
-
 def preset_config(preset: str = "laptop", **flags) -> RunConfig:
-    return RunConfig(**{"preset": preset, **PRESETS.get(preset, {}), **TRAINING.get(preset, {}), **flags})
-
-
-def name_run(cfg: RunConfig) -> RunConfig:
-    """laptop-deltanet-window=L-s1: the preset, the memory and whatever else makes the result another one."""
-    if cfg.name:
-        return cfg
-    usual, parts = preset_config(cfg.preset), [cfg.preset, cfg.memory]
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.metadata.get("group") != "run" and f.name not in ("memory", "seed") and value != getattr(usual, f.name):
-            parts.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
-    name = re.sub(r"[^\w.+=-]", "_", "-".join(parts))
-    if len(name) > 120:
-        name = f"{name[:100]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-    return replace(cfg, name=f"{name}-s{cfg.seed}")
+    """Defaults < preset < flags."""
+    settings = {"preset": preset}
+    settings.update(PRESETS.get(preset, {}))
+    settings.update(TRAINING.get(preset, {}))
+    settings.update(flags)
+    return checked(RunConfig, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and devices
+# The loop
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+class Stopped(Exception):
+    """SIGINT or SIGTERM came, and the checkpoint is written. Arguments: the signal's number, a sentence."""
 
 
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+class Diverged(UserError):
+    """The loss or the gradient is no longer a number."""
 
 
-def say(text: str, end: str = "\n") -> None:
-    if rank() == 0:
-        print(text, end=end, flush=True)
+def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None, describe=None) -> list[dict]:
+    """Trains model for cfg.steps steps; returns one record a step, which are the lines of log.jsonl.
+
+    model(*batch) is a scalar loss. batch_fn(step) is this rank's batch, a tuple of tensors with the rows first, and
+    depends on step alone. cfg is a FitConfig. With `out`, cfg is a RunConfig: checkpoints and the log go to that folder
+    and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
+    and at the end. describe(record, batch) returns more numbers for every record.
+
+    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM (with `out` only).
+    """
+    device = pick_device(cfg)
+    model.to(device).train()
+    optimizers = build_optimizer(model, cfg)
+    step, seconds_before, history = resume(out, cfg, model, optimizers) if out else (0, 0.0, [])
+    runner = wrap(model, cfg, device)
+
+    # Only the first rank writes; the others write to nowhere.
+    writes = out is not None and rank() == 0
+    log_path = out / "log.jsonl" if writes else Path(os.devnull)
+    progress = Progress(cfg.steps, step)
+    start = time.perf_counter()
+    saved = step
+    following = batch_fn(step) if step < cfg.steps else None
+
+    with signals(listen=out is not None) as caught, open(log_path, "ab", buffering=0) as log:
+        while step < cfg.steps:
+            # Update the weights. While a GPU is still busy with that, prepare the next batch.
+            began = time.perf_counter()
+            batch = following
+            loss, norm = update(runner, optimizers, batch, step, cfg, device)
+            following = batch_fn(step + 1) if step + 1 < cfg.steps else None
+
+            # The ranks agree on the mean loss, and on whether one of them was told to stop.
+            loss, stop = all_reduce([loss.item() / world(), bool(caught)], device).tolist()
+            norm = norm.item()
+            step += 1
+            if not math.isfinite(loss + norm):
+                last = f" (the last good checkpoint in {out} is of step {saved})" if saved else ""
+                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr{last}")
+
+            # Record the step, and measure now and then.
+            record = dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm,
+                          tokens=step * tokens_of(batch), step_seconds=time.perf_counter() - began)
+            if describe:
+                record.update(describe(record, batch))
+            if evaluate and is_due(step, cfg.steps, cfg.eval_every):
+                record.update(in_eval_mode(model, evaluate))
+            record["seconds"] = seconds_before + time.perf_counter() - start
+            history.append(record)
+            with disk(log_path):
+                log.write(json.dumps(record).encode() + b"\n")
+            progress.show(history, tokens_of(batch))
+
+            # Save, and stop if told to.
+            if out and (stop or is_due(step, cfg.steps, cfg.save_every)):
+                if rank() == 0:
+                    save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
+                saved = step
+            if stop and step < cfg.steps:
+                number = signal.Signals(caught[0] if caught else signal.SIGTERM)
+                raise Stopped(number, f"stopped by {number.name} after step {step}; the checkpoint is in {out}")
+    return history
 
 
-def all_reduce(values: list[float] | Tensor, device) -> Tensor:
-    """The sum over ranks, in float64 and on the CPU."""
-    total = torch.as_tensor(values, dtype=torch.float64)
-    if world() > 1:
-        total = total.to(device)
-        dist.all_reduce(total)
-    return total.cpu()
+def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    """The model as it is run: compiled, and with several ranks averaging their gradients."""
+    runner = torch.compile(model) if compiles(cfg) else model
+    if world() == 1:
+        return runner
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(runner, device_ids=devices)
 
 
-def pick_device(cfg) -> torch.device:
-    """The device of this process: of several on a machine each has its own GPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cfg.device == "cpu" or cfg.device == "auto" and not count:
-        return torch.device("cpu")
-    if local_rank() >= count:
-        raise UserError(f"--device={cfg.device}: PyTorch sees {count} CUDA devices here, and this is process number "
-                        f"{local_rank() + 1} to need one; start fewer, or use --device=cpu")
-    torch.set_float32_matmul_precision("high")  # TF32
-    return torch.device("cuda", local_rank())
+def tokens_of(batch: tuple) -> int:
+    """Tokens (rows x positions) of a step, over all ranks."""
+    return batch[0].shape[:2].numel() * world()
 
 
-def uses_bf16(cfg) -> bool:
-    on_cuda = pick_device(cfg).type == "cuda"
-    if cfg.dtype == "bfloat16" and not on_cuda:
-        raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
-    if on_cuda and cfg.dtype == "auto":
-        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
-    return cfg.dtype == "bfloat16"
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Every so many steps, and at the last; 0 = at the last only."""
+    return step == steps or (every > 0 and step % every == 0)
 
 
-def autocast(cfg):
-    return torch.autocast("cuda", torch.bfloat16) if uses_bf16(cfg) else nullcontext()
+def in_eval_mode(model: nn.Module, function):
+    """function(), called while the model does not drop anything out."""
+    model.eval()
+    try:
+        return function()
+    finally:
+        model.train()
 
 
-def compiles(cfg) -> bool:
-    if cfg.compile == "auto":
-        return sys.platform == "linux" and pick_device(cfg).type == "cuda"  # elsewhere is no triton to compile with
-    return cfg.compile == "true"
+def update(runner, optimizers, batch: tuple, step: int, cfg, device) -> tuple[Tensor, Tensor]:
+    """Step number `step` on this rank's batch -> loss, gradient norm (neither is waited for)."""
+    # Dropout draws from (seed, step, rank), so that it does not depend on what ran before.
+    torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
+    loss = accumulate(runner, batch, cfg, device)
+
+    # One norm over all parameters; a norm that must not be clipped is still measured.
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+
+    for group in groups:
+        group["lr"] = lr_at(step, cfg)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm
+
+
+def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
+    """Forward and backward over this rank's rows, device_batch_size at a time -> mean loss."""
+    rows = len(batch[0])
+    micro = min(cfg.device_batch_size or rows, rows)
+    if rows % micro:
+        raise UserError(f"device_batch_size={micro} does not divide the {rows} rows of a rank; change one of them")
+
+    # All rows are copied at once: a copy between two passes would wait for the first of them.
+    batch = [t.to(device) for t in batch]
+    total = torch.zeros((), device=device)
+    for first in range(0, rows, micro):
+        # The ranks exchange gradients in the last pass only.
+        more_to_come = first + micro < rows
+        quiet = more_to_come and isinstance(runner, DistributedDataParallel)
+        with runner.no_sync() if quiet else nullcontext():
+            with autocast(cfg):
+                part = [t[first:first + micro] for t in batch]
+                loss = runner(*part) * (micro / rows)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def lr_at(step: int, cfg) -> float:
+    """Learning rate of the update number step + 1."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        left = cfg.steps - step
+        share = min(1.0, left / max(1, round(cfg.warmdown * cfg.steps)))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * share
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# Optimizers
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     """(N,m,n) matrices -> about U Vᵀ of each G = U S Vᵀ: a quintic Newton-Schulz iteration on the singular values."""
     X = G.bfloat16() if G.is_cuda else G
-    wide = X if X.size(-2) <= X.size(-1) else X.mT
-    X = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    # X Xᵀ is smallest for a wide matrix.
+    is_tall = X.size(-2) > X.size(-1)
+    if is_tall:
+        X = X.mT
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X if G.size(-2) <= G.size(-1) else X.mT
+    return X.mT if is_tall else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -294,71 +360,74 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            shapes = defaultdict(list)
+            same_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for (rows, columns), params in shapes.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                grads, m = [p.grad for p in params], group["momentum"]
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - m)
-                update = orthogonalise(torch.stack(torch._foreach_lerp(grads, buffers, m))).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+                    same_shape[p.shape].append(p)
+            for params in same_shape.values():
+                self.update(params, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        """The update of matrices of one shape."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+
+        # The mean gradient, and Nesterov's look one step ahead of it.
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, buffers, momentum)
+
+        # Orthogonal matrices, scaled so that an entry moves about as far as under AdamW (Liu et al. 2025, eq. 4).
+        direction = orthogonalise(torch.stack(ahead)).to(params[0].dtype)
+        size = 0.2 * math.sqrt(max(params[0].shape))
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, direction.unbind(), alpha=-lr * size)
 
 
 def build_optimizer(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
-    """Muon for the model's hidden matrices, AdamW for the rest; each group's learning rate is lr times its "scale"."""
+    """Muon for the model's hidden matrices (of every memory alike), AdamW for the rest. Vectors and scalars do not
+    decay."""
     hidden = list(model.hidden_matrices()) if cfg.optimizer == "muon" else []
-    muons, optimizers = set(hidden), []
-    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    rest = [p for p in model.parameters() if p.requires_grad and p not in muons]
+    is_hidden = set(hidden)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in is_hidden]
+    optimizers = []
     if rest:
-        others = [p for p in rest if p not in embeddings]
-        groups = [
-            dict(params=[p for p in rest if p in embeddings], weight_decay=cfg.weight_decay, scale=cfg.embed_lr),
-            dict(params=[p for p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, scale=1.0),
-            dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0, scale=1.0),
-        ]
-        fused = all(p.is_floating_point() for p in rest)  # the fused kernel has no complex numbers
-        optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                                            fused=fused))
+        groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=cfg.weight_decay),
+                  dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
+        groups = [group for group in groups if group["params"]]
+        # The fused kernel has no complex numbers.
+        fused = all(p.is_floating_point() for p in rest)
+        optimizers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(BETA1, cfg.beta2), fused=fused))
     if hidden:
-        optimizers.append(Muon([dict(params=hidden, scale=1.0)], cfg.lr, cfg.momentum, cfg.weight_decay))
+        optimizers.append(Muon(hidden, cfg.lr, MOMENTUM, cfg.weight_decay))
     return optimizers
-
-
-def lr_at(step: int, cfg) -> float:
-    """Learning rate of the update number step + 1."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    if cfg.schedule == "cosine":
-        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-    left = (cfg.steps - step) / max(1, round(cfg.warmdown * cfg.steps))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * min(1.0, left)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def save_checkpoint(out: Path, cfg, step: int, seconds: float, model, optimizers, log) -> None:
-    os.fsync(log.fileno())  # first the log: a checkpoint must never know more lines than the disk has
+    """Writes out/ckpt.pt with all that a resumed run needs; the one before it becomes ckpt.prev.pt."""
+    # First the log goes to the disk: a checkpoint must never know more lines than the disk has.
+    os.fsync(log.fileno())
     state = dict(config=asdict(cfg), step=step, seconds=seconds, log_bytes=log.tell(), model=model.state_dict(),
-                 optimizer=[o.state_dict() for o in optimizers])
+                 optimizer=[optimizer.state_dict() for optimizer in optimizers])
     with replacing(out / "ckpt.pt", keep=out / "ckpt.prev.pt") as f:
         try:
             torch.save(state, f)
-        except RuntimeError as e:  # how torch.save reports a write that failed half-way
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if "inline_container" in str(e) else e
+        except RuntimeError as e:
+            # This is how torch.save reports a write that failed half-way.
+            if "inline_container" in str(e):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+            raise
 
 
 def find_checkpoint(out: Path) -> dict | None:
-    """The newest whole checkpoint: the zip's checksums find what was truncated or changed, torch.load does not."""
+    """The newest whole checkpoint. The zip's checksums find what was truncated or changed; torch.load does not."""
     paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
     for path in paths:
         try:
@@ -375,36 +444,50 @@ def find_checkpoint(out: Path) -> dict | None:
 
 
 def check_same(old: dict, cfg, where: Path) -> None:
-    """Refuses to continue a run with settings that would make it another one."""
-    free = {f.name for f in fields(cfg) if f.metadata.get("group") == "run"}
-    free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name)}  # the corpus will fill them in
-    differ = [f"{name} (there {old.get(name, 'missing')}, now {value})" for name, value in asdict(cfg).items()
-              if name not in free and old.get(name, "missing") != value]
+    """Refuses to take up a run, or its result, with settings that would make it another one."""
+    # How a run is executed may change. What the corpus fills in may not be known yet.
+    free = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
+    free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name, None)}
+    differ = []
+    for name, value in asdict(cfg).items():
+        before = old.get(name, "missing")
+        if name not in free and before != value:
+            differ.append(f"{name} (there {before}, now {value})")
     if differ:
-        raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --name, or delete it")
+        raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --name or --out_dir, or "
+                        "delete it")
 
 
 def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
-    """Puts the newest checkpoint into model and optimizers, and cuts the log back to it. -> step, seconds, history"""
+    """Puts the newest checkpoint into model and optimizers, and cuts the log back to it -> step, seconds, history."""
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    found, log = find_checkpoint(out), out / "log.jsonl"
+    found = find_checkpoint(out)
+    log = out / "log.jsonl"
     text = log.read_bytes() if log.exists() else b""
+
+    step = 0
+    seconds = 0.0
+    keep = 0
     if found is not None:
         check_same(found["config"], cfg, out / "ckpt.pt")
-        if len(text) < found["log_bytes"]:
+        step = found["step"]
+        seconds = found["seconds"]
+        keep = found["log_bytes"]
+        if len(text) < keep:
             raise UserError(f"{log} is shorter than the checkpoint beside it knows; delete {out} to start over")
         model.load_state_dict(found["model"])
         for optimizer, state in zip(optimizers, found["optimizer"], strict=True):
             optimizer.load_state_dict(state)
-        say(f"continuing {out} from step {found['step']}")
-    step, seconds, keep = (found["step"], found["seconds"], found["log_bytes"]) if found else (0, 0.0, 0)
+        say(f"continuing {out} from step {step}")
+
     if world() > 1 and all_reduce([step], pick_device(cfg)).item() != step * world():
         raise UserError(f"the ranks see different checkpoints in {out}; put out_dir on a disk that every node mounts")
     if rank() == 0 and len(text) != keep:
         with replacing(log) as f:
             f.write(text[:keep])
-    return step, seconds, [json.loads(line) for line in text[:keep].splitlines()]
+    history = [json.loads(line) for line in text[:keep].splitlines()]
+    return step, seconds, history
 
 
 def load_run(path: str | Path) -> tuple[GPT, RunConfig, dict]:
@@ -414,36 +497,30 @@ def load_run(path: str | Path) -> tuple[GPT, RunConfig, dict]:
     if found is None:
         raise UserError(f"{path}: no checkpoint there; give a folder that train.py wrote, such as out/laptop-none-s1")
     try:
-        cfg = RunConfig(**found["config"])
+        cfg = checked(RunConfig, **found["config"])
     except TypeError as e:
-        raise UserError(f"{path} was written by another version of this code ({e})") from None
-    model = build(GPT, model_config(cfg))
+        raise UserError(f"{path} was written by another version of this code ({e}); train it again") from None
+    model = GPT(cfg.architecture())
     model.load_state_dict(found["model"])
     return model.eval(), cfg, found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loop
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM came; the checkpoint is written."""
-
-
-class Diverged(UserError):
-    """The loss or the gradient is no longer a number."""
-
+# Signals and progress
 
 @contextmanager
-def signals():
+def signals(listen: bool):
     """Collects SIGINT and SIGTERM in a list instead of dying in the middle of a step. A second one kills as usual."""
-    caught, old = [], {}
+    caught = []
+    old = {}
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, old[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, note)
+    if listen:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -451,111 +528,122 @@ def signals():
             signal.signal(number, handler)
 
 
-def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
-    """Forward and backward over this rank's rows, device_batch_size at a time -> mean loss. Ranks talk at the last."""
-    rows = len(batch[0])
-    micro = min(cfg.device_batch_size or rows, rows)
-    if rows % micro:
-        raise UserError(f"device_batch_size={micro} does not divide the {rows} rows of a rank; change one of them")
-    batch = [t.to(device) for t in batch]  # all at once: a copy between two passes would wait for the first of them
-    total = torch.zeros((), device=device)
-    for i in range(0, rows, micro):
-        quiet = isinstance(runner, DistributedDataParallel) and i + micro < rows
-        with runner.no_sync() if quiet else nullcontext():
-            with autocast(cfg):
-                loss = runner(*(t[i:i + micro] for t in batch)) * (micro / rows)
-            loss.backward()
-        total += loss.detach()
-    return total
-
-
-def update(runner, optimizers, batch: tuple, step: int, cfg, device) -> tuple[Tensor, Tensor]:
-    """Step number `step` on this rank's batch -> loss, gradient norm (neither is waited for)."""
-    torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)  # dropout must not depend on history
-    loss = accumulate(runner, batch, cfg, device)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], cfg.clip or math.inf)
-    for group in groups:
-        group["lr"] = lr_at(step, cfg) * group["scale"]
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss, norm
-
-
-def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None, describe=None) -> list[dict]:
-    """Trains model for cfg.steps steps; returns one record a step (what log.jsonl has).
-
-    model(*batch) is a scalar loss; batch_fn(step) this rank's batch, a tuple of tensors with the rows first, and a
-    function of step alone. cfg: a FitConfig or anything with its fields. With out, checkpoints and the log go there
-    and the run resumes from them. evaluate() -> dict of numbers for the record, every eval_every steps and at the end.
-    describe(record, batch) -> more numbers for every record.
-    """
-    device = pick_device(cfg)
-    model.to(device).train()
-    optimizers = build_optimizer(model, cfg)
-    step, before, history = resume(out, cfg, model, optimizers) if out else (0, 0.0, [])
-    runner = torch.compile(model) if compiles(cfg) else model
-    if world() > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device.index] if device.type == "cuda" else None)
-    log_path = out / "log.jsonl" if out and rank() == 0 else Path(os.devnull)
-    start, progress, saved = time.perf_counter(), Progress(cfg.steps, step), step
-    with signals() if out else nullcontext([]) as caught, open(log_path, "ab", buffering=0) as log:
-        following = batch_fn(step) if step < cfg.steps else None
-        while step < cfg.steps:
-            began, batch = time.perf_counter(), following
-            loss, norm = update(runner, optimizers, batch, step, cfg, device)
-            following = batch_fn(step + 1) if step + 1 < cfg.steps else None  # a GPU is still busy with this step
-            loss, stop = all_reduce([loss.item() / world(), bool(caught)], device).tolist()
-            step, norm = step + 1, norm.item()
-            if not math.isfinite(loss + norm):
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr"
-                               + (f" (the last good checkpoint in {out} is of step {saved})" if saved else ""))
-            tokens = batch[0].shape[:2].numel() * world()
-            record = dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm, tokens=step * tokens,
-                          step_seconds=time.perf_counter() - began)
-            record |= describe(record, batch) if describe else {}
-            if evaluate and (step == cfg.steps or cfg.eval_every and step % cfg.eval_every == 0):
-                model.eval()
-                record |= evaluate()
-                model.train()
-            record["seconds"] = before + time.perf_counter() - start
-            history.append(record)
-            with disk(log_path):
-                log.write(json.dumps(record).encode() + b"\n")
-            progress.show(history, tokens)
-            if out and (stop or step == cfg.steps or cfg.save_every and step % cfg.save_every == 0):
-                if rank() == 0:
-                    save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
-                saved = step
-            if stop and step < cfg.steps:
-                number = signal.Signals(caught[0] if caught else signal.SIGTERM)
-                raise Stopped(number, f"stopped by {number.name} after step {step}; the checkpoint is in {out}")
-    return history
-
-
 class Progress:
     """One line that is rewritten on a terminal; else a line every 10 s, and one for each evaluation."""
 
     def __init__(self, steps: int, first: int):
-        self.steps, self.first, self.terminal = steps, first, sys.stdout.isatty()
-        self.began = self.shown = time.perf_counter()
+        self.steps = steps
+        self.first = first
+        self.terminal = sys.stdout.isatty()
+        self.began = time.perf_counter()
+        self.shown = self.began
 
     def show(self, history: list[dict], tokens: int) -> None:
-        now, record, recent = time.perf_counter(), history[-1], history[-20:]
-        step, keep = record["step"], "val_bpb" in record or record["step"] == self.steps
+        """history: the records so far. tokens: of a step."""
+        record = history[-1]
+        step = record["step"]
+        now = time.perf_counter()
+        keep = "val_bpb" in record or step == self.steps
         if not keep and now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown = now
+
+        # Losses and speeds of the last 20 steps together, so that one noisy step does not mislead.
+        recent = history[-20:]
+        speed = tokens / median(r["step_seconds"] for r in recent)
+        parts = [f"step {step}/{self.steps}", f"loss {mean(r['loss'] for r in recent):.4f}"]
+        if "bpb" in record:
+            parts.append(f"bpb {mean(r['bpb'] for r in recent):.4f}")
+        if "val_bpb" in record:
+            parts.append(f"val bpb {record['val_bpb']:.4f}")
+        parts.append(f"lr {record['lr']:.2e}")
+        parts.append(f"{speed:,.0f} tokens/s")
+        if "mfu" in record:
+            parts.append(f"MFU {mean(r['mfu'] for r in recent):.1%}")
         left = int((now - self.began) / (step - self.first) * (self.steps - step))
-        smooth = {name: mean(r[name] for r in recent) for name in ("loss", "bpb", "mfu") if name in record}
-        text = f"step {step}/{self.steps}  loss {smooth['loss']:.4f}"
-        text += f"  bpb {smooth['bpb']:.4f}" if "bpb" in smooth else ""
-        text += f"  val bpb {record['val_bpb']:.4f}" if "val_bpb" in record else ""
-        text += f"  lr {record['lr']:.2e}  {tokens / median(r['step_seconds'] for r in recent):,.0f} tokens/s"
-        text += f"  MFU {smooth['mfu']:.1%}" if "mfu" in smooth else ""
-        text += f"  {left // 60}:{left % 60:02d} left"
-        say("\r" + text.ljust(110) if self.terminal else text, end="\n" if keep or not self.terminal else "")
+        parts.append(f"{left // 60}:{left % 60:02d} left")
+
+        text = "  ".join(parts)
+        if not self.terminal:
+            say(text)
+        elif keep:
+            say("\r" + text.ljust(110))
+        else:
+            say("\r" + text.ljust(110), end="")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+def rank() -> int:
+    """The number of this process among all, on all nodes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """The number of this process on its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world() -> int:
+    """The number of processes on all nodes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints, on the first rank only."""
+    if rank() == 0:
+        print(text, end=end, flush=True)
+
+
+def all_reduce(values: list[float] | Tensor, device) -> Tensor:
+    """The sum over ranks, in float64 and on the CPU."""
+    total = torch.as_tensor(values, dtype=torch.float64)
+    if world() > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+def pick_device(cfg) -> torch.device:
+    """The device of this process; each of several on a machine has its own GPU. Raises UserError if it has none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cfg.device == "cpu" or (cfg.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank() >= count:
+        raise UserError(f"--device={cfg.device}: PyTorch sees {count} CUDA devices here, and this is process number "
+                        f"{local_rank() + 1} to need one; start fewer, or use --device=cpu")
+    torch.set_float32_matmul_precision("high")  # float32 products in TF32
+    return torch.device("cuda", local_rank())
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def uses_bf16(cfg) -> bool:
+    """Are matrix products in bfloat16? Raises UserError where the device is not there or cannot do it."""
+    on_cuda = pick_device(cfg).type == "cuda"
+    if cfg.dtype == "bfloat16" and not on_cuda:
+        raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
+    if on_cuda and cfg.dtype == "auto":
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
+    return cfg.dtype == "bfloat16"
+
+
+def autocast(cfg):
+    """The context in which a model runs."""
+    return torch.autocast("cuda", torch.bfloat16) if uses_bf16(cfg) else nullcontext()
+
+
+def compiles(cfg) -> bool:
+    """Is the model compiled? Outside Linux there is no triton to compile with."""
+    if cfg.compile == "auto":
+        return sys.platform == "linux" and pick_device(cfg).type == "cuda"
+    return cfg.compile == "true"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,43 +651,67 @@ class Progress:
 
 @torch.no_grad()
 def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
-    """Bits per byte on the validation rows, in all and by position in the row. The total is the sum of the buckets."""
-    device, T, share = pick_device(cfg), cfg.max_seq_len, cfg.batch_size // world()
+    """Bits per byte on the validation rows, in all and by position in the row.
+
+    The total is Σ nats / (ln 2 · Σ bytes) over all targets, never a mean of ratios, and so is each bucket of `bucket`
+    positions. A target without bytes (end of text) is not scored. Returns val_bpb, val_loss (nats a target) and
+    bpb_by_position.
+    """
+    device = pick_device(cfg)
+    T = cfg.max_seq_len
+    share = cfg.batch_size // world()
 
     def score(x, y):
         logits = model.stream(x)[0]
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
-    # With the loss in it, float32 logits and the state need not be written to memory. The last batch can be smaller: it
-    # gets a graph of its own, because one for all sizes would be slower for the rest of the run.
-    score = torch.compile(score, dynamic=False) if compiles(cfg) else score
+    # Compiled with the loss in it, neither float32 logits nor the state need be written to memory. The last batch can
+    # be smaller: it gets a graph of its own, because one for all sizes would be slower for the rest of the run.
+    if compiles(cfg):
+        score = torch.compile(score, dynamic=False)
+
+    # Each rank scores every world-th batch; then the sums are added up.
     length = corpus.token_bytes.to(device)
     sums = torch.zeros(3, T, dtype=torch.float64, device=device)  # nats, bytes and targets at each position
     batches = corpus.eval_batches(T, min(cfg.device_batch_size or share, share), cfg.eval_tokens or None)
     for x, y, _ in itertools.islice(batches, rank(), None, world()):
-        x, y = x.to(device), y.to(device)
+        x = x.to(device)
+        y = y.to(device)
         with autocast(cfg):
             nats = score(x, y)
-        size = length[y]  # (rows, T); a token without bytes (end of text) is predicted for free
-        sums += torch.stack([nats.double() * (size > 0), size.double(), (size > 0).double()]).sum(1)
+        size = length[y]                                          # (rows, T) bytes
+        scored = size > 0
+        values = torch.stack([nats.double() * scored, size.double(), scored.double()])
+        sums += values.sum(1)
     sums = all_reduce(sums, device)
-    sums = F.pad(sums, (0, -T % bucket)).view(3, -1, bucket).sum(-1).tolist()
-    nats, size, targets = (sum(s) for s in sums)
+
+    # Neighbouring positions together, then everything together.
+    buckets = F.pad(sums, (0, -T % bucket)).view(3, -1, bucket).sum(-1)
+    nats, size, targets = buckets.sum(-1).tolist()
     if not size:
         raise UserError(f"{corpus.name}: the validation part has no text to measure; give a larger corpus")
-    by_position = dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=sums[0], bytes=sums[1],
-                       bpb=[n / (math.log(2) * b) if b else None for n, b in zip(*sums[:2])])
-    return dict(val_bpb=nats / (math.log(2) * size), val_loss=nats / targets, bpb_by_position=by_position)
+    by_position = dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=buckets[0].tolist(),
+                       bytes=buckets[1].tolist(), bpb=[bits_per_byte(n, b) for n, b, _ in buckets.T.tolist()])
+    return dict(val_bpb=bits_per_byte(nats, size), val_loss=nats / targets, bpb_by_position=by_position)
 
 
-# Dense bf16 products, from the data sheets; the first name that is part of the GPU's counts.
+def bits_per_byte(nats: float, size: float) -> float | None:
+    """nats / (ln 2 · bytes); None where there are no bytes."""
+    return nats / (math.log(2) * size) if size else None
+
+
+# Dense bf16 products in FLOP/s, from the data sheets; the first name that is part of the GPU's counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
 
 
 def peak_flops(cfg) -> float:
-    gpu = torch.cuda.get_device_name() if uses_bf16(cfg) else ""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0.0)
+    """The peak of this process's GPU in FLOP/s; 0 where it is not known."""
+    if uses_bf16(cfg):
+        for name, flops in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return flops
+    return 0.0
 
 
 def reset_peak_memory(device) -> None:
@@ -611,7 +723,9 @@ def reset_peak_memory(device) -> None:
 
 
 def peak_memory_mib(device) -> dict:
-    rss, status = 0.0, Path("/proc/self/status")
+    """The most memory that the GPU (peak_vram_mib) and the process (peak_rss_mib) have used, in MiB."""
+    rss = 0.0
+    status = Path("/proc/self/status")
     if status.exists():
         rss = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
     elif sys.platform == "darwin":
@@ -622,8 +736,9 @@ def peak_memory_mib(device) -> dict:
 
 
 def count_params(config: Config) -> int:
+    """Parameters of a model, which is not built for it."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build(GPT, config).parameters())
+        return sum(p.numel() for p in GPT(config).parameters())
 
 
 @torch.no_grad()
@@ -634,56 +749,288 @@ def sample_text(model: GPT, corpus, cfg: RunConfig, device) -> str:
     n = min(cfg.sample_tokens, cfg.max_seq_len - 1)
     with autocast(cfg):
         tokens = model.generate(start, n, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
-    real = len(corpus.token_bytes)  # the vocabulary may be padded beyond it
-    return corpus.encoding.decode([t for t in tokens if t < real and corpus.token_bytes[t]], errors="replace")
+    # The vocabulary may be padded beyond the tokenizer's; such tokens, and end-of-text, have no text.
+    known = len(corpus.token_bytes)
+    tokens = [t for t in tokens if t < known and corpus.token_bytes[t] > 0]
+    return corpus.encoding.decode(tokens, errors="replace")
+
+
+def tokens_per_second(cfg: RunConfig, history: list[dict]) -> float:
+    """In a median step: without compilation, evaluation and checkpoints."""
+    return cfg.batch_size * cfg.max_seq_len / median(r["step_seconds"] for r in history)
 
 
 @torch.no_grad()
-def measure(model: GPT, corpus, cfg: RunConfig, history: list[dict], final: dict) -> dict:
-    """result.json: what was trained, how good it is, and what it costs."""
+def measure(model: GPT, corpus, cfg: RunConfig, history: list[dict]) -> dict:
+    """What a trained model is and what it costs."""
     device = pick_device(cfg)
-    total = count_params(model.config)
+    config = model.config
+    total = count_params(config)
+    without = count_params(replace(config, memory="none", memory_layers="all"))
     with autocast(cfg):
-        filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))[1]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "tiktoken"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    same = ("name", "memory", "window", "preset", "seed", "max_seq_len", "dataset", "tokenizer", "data_sha256")
-    tokens = cfg.batch_size * cfg.max_seq_len
-    return {key: getattr(cfg, key) for key in same} | final | dict(
-        config=asdict(cfg), train_tokens=cfg.steps * tokens, total_params=total,
-        memory_params=total - count_params(replace(model.config, memory="none", memory_layers="all")),
-        flops_per_token=model.flops_per_token(cfg.max_seq_len), state_bytes=state_bytes(filled),
-        total_time_min=history[-1]["seconds"] / 60,
-        # of a median step, so without compilation, evaluation and checkpoints
-        tokens_per_second=tokens / median(r["step_seconds"] for r in history), **peak_memory_mib(device),
-        device=f"{world()} x {name}{threads}", versions=versions,
-        sample=sample_text(model, corpus, cfg, device) if cfg.sample_tokens else "",
-        curve=[{k: r[k] for k in ("step", "seconds", "tokens", "val_bpb")} for r in history if "val_bpb" in r])
+        _, filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))
+    curve = [{key: r[key] for key in ("step", "seconds", "tokens", "val_bpb")} for r in history if "val_bpb" in r]
+    return dict(train_tokens=cfg.steps * cfg.batch_size * cfg.max_seq_len, total_params=total,
+                memory_params=total - without, flops_per_token=model.flops_per_token(cfg.max_seq_len),
+                state_bytes=state_bytes(filled), total_time_min=history[-1]["seconds"] / 60,
+                tokens_per_second=tokens_per_second(cfg, history), **peak_memory_mib(device),
+                sample=sample_text(model, corpus, cfg, device) if cfg.sample_tokens else "", curve=curve)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
-    import matplotlib  # here, because it takes half a second to import
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    smooth = [sum(r["bpb"] for r in history[max(n - 20, 0):n]) / min(n, 20) for n in range(1, len(history) + 1)]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in history], smooth, lw=1, label="training (mean of 20 steps)")
-    points = [(r["step"], r["val_bpb"]) for r in history if "val_bpb" in r]
-    axes.plot(*zip(*points), "o-", ms=4, label="validation")
-    axes.set(xlabel="step (updates)", ylabel="bits per byte", title=path.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """loss.png: bits per byte in training (the mean of 20 steps) and in validation, against the step."""
+    import analyze
+    steps = [r["step"] for r in history]
+    smooth = [mean(r["bpb"] for r in history[max(n - 20, 0):n]) for n in steps]
+    measured = [r for r in history if "val_bpb" in r]
+
+    figure, axes = analyze.panels(1, 1, (7, 4.5))
+    ax = axes[0, 0]
+    ax.plot(steps, smooth, lw=1, label="training (mean of 20 steps)")
+    ax.plot([r["step"] for r in measured], [r["val_bpb"] for r in measured], "o-", ms=4, label="validation")
+    ax.set(xlabel="step (updates)", ylabel="bits per byte", title=path.parent.name)
+    ax.legend()
     with replacing(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
+        f.write(analyze.picture(figure))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs
+# Flags: the command line -> settings
+
+GROUPS = ("toy", "architecture", "memory", "data", "optimisation", "run")  # the order of --help
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what it refuses is a UserError in one line."""
+
+    def error(self, message):
+        raise UserError(message[0].lower() + message[1:] + " (--help lists the flags)")
+
+
+def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=None, fixed: tuple = (),
+               words: str = "") -> tuple[dict, list[str]]:
+    """argv -> the flags that were given (name -> text; a tuple's flag can be given several times: name -> texts), and
+    the words that are no flags.
+
+    Every field of the dataclass `kind` is a flag --name=value, but those in `fixed`. shown: a configuration whose values
+    --help gives as the defaults. words: what --help says of the words; "" allows none. Raises UserError.
+    """
+    known = {f.name: f for f in fields(kind) if f.name not in fixed}
+    parser = Parser(usage=usage, description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    if words:
+        parser.add_argument("words", nargs="*", help=words)
+
+    # --help lists the flags under the headings of their groups.
+    found = dict.fromkeys(f.metadata["group"] for f in known.values())
+    ordered = [g for g in GROUPS if g in found] + [g for g in found if g not in GROUPS]
+    groups = {name: parser.add_argument_group(name) for name in ordered}
+    for name, f in known.items():
+        default = f.default if shown is None else getattr(shown, name)
+        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        action = "append" if f.type is tuple else "store"
+        metavar = "TEXT" if f.type is tuple else f.type.__name__.upper()
+        group = groups[f.metadata["group"]]
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, action=action, metavar=metavar, help=text)
+
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        hint = did_you_mean(word, known, "--{}=...") or "; --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
+    flags = vars(given)
+    return flags, flags.pop("words", [])
+
+
+def parse_value(kind: type, name: str, text: str):
+    """The value that a flag of this dataclass says in words."""
+    wanted = kind.__dataclass_fields__[name].type
+    try:
+        if wanted is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return wanted(text)
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
+        raise UserError(f"--{name}={text}: expected {expected}") from None
+
+
+def grid(kind: type, flags: dict[str, str]) -> list[dict]:
+    """Commas in a value make a sweep: the settings of every point of the grid, in the order given, seeds innermost."""
+    names = sorted(flags, key=lambda name: name == "seed")
+    values = [[parse_value(kind, name, text) for text in flags[name].split(",")] for name in names]
+    return [dict(zip(names, point)) for point in itertools.product(*values)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: configurations -> one result.json each. A configuration knows its seed, its folder and its identity() (what
+# result.json repeats at its top), and for its name name_begins() and usual() (what goes without saying).
+
+def run_name(cfg) -> str:
+    """laptop-deltanet-window=L-s1: what the name begins with, whatever else makes the result another one, the seed."""
+    begins = cfg.name_begins()
+    usual = cfg.usual()
+    parts = [str(value) for value in begins.values()]
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        says_more = f.metadata["group"] != "run" and f.name not in begins and f.name != "seed"
+        if says_more and value != getattr(usual, f.name):
+            parts.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+    name = re.sub(r"[^\w.+=-]", "_", "-".join(parts))
+    if len(name) > 120:
+        name = f"{name[:100]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    return f"{name}-s{cfg.seed}"
+
+
+def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict], list[str]]:
+    """Runs job(cfg) for every configuration -> the results in the order given, and the names of runs that diverged.
+
+    job(cfg) returns measurements; headline(result) says the main one in a line. A run whose result.json is there is
+    read instead of run. One that diverges does not stop the others. With several workers that many run side by side,
+    one thread each, every one in a process of its own.
+    """
+    results = {}
+    todo = []
+    for cfg in configs:
+        path = cfg.folder / "result.json"
+        if path.is_file():
+            results[cfg.folder] = json.loads(path.read_text())
+            check_same(results[cfg.folder]["config"], cfg, path)
+        else:
+            uses_bf16(cfg)  # refuses a device that is not here before anything is run
+            todo.append(cfg)
+    if results:
+        say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
+            "again)")
+
+    diverged = []
+    start = time.perf_counter()
+    together = side_by_side(todo, job, workers) if workers > 1 else one_by_one(todo, job)
+    for done, (cfg, outcome) in enumerate(together, 1):
+        if isinstance(outcome, Diverged) and len(configs) == 1:
+            raise outcome
+        elif isinstance(outcome, Diverged):
+            diverged.append(cfg.name)
+            text = str(outcome)
+        else:
+            results[cfg.folder] = outcome
+            text = headline(outcome)
+        left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+        if len(todo) > 1:
+            say(f"{done}/{len(todo)}  {cfg.name}: {text}  (about {left:.1f} minutes left)")
+    return [results[cfg.folder] for cfg in configs if cfg.folder in results], diverged
+
+
+def one_by_one(configs: list, job):
+    """Yields (cfg, its result or Diverged)."""
+    for cfg in configs:
+        try:
+            yield cfg, run_one(cfg, job)
+        except Diverged as e:
+            yield cfg, e
+
+
+def side_by_side(configs: list, job, workers: int):
+    """The same from several processes, in the order in which they finish."""
+    # Spawned, not forked: a forked child inherits torch's threads in an unknown state.
+    pool = ProcessPoolExecutor(min(workers, max(1, len(configs))), get_context("spawn"), start_worker)
+    try:
+        futures = {pool.submit(run_labelled, cfg, job): cfg for cfg in configs}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except Diverged as e:
+                yield futures[future], e
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, perhaps for want of memory; finished runs are kept, so give the same "
+                        "command again with --jobs=1") from None
+    except BaseException:
+        # Ctrl-C too: no worker may outlive the command. Then it goes on its way.
+        for process in active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """One thread, and Ctrl-C ends a worker without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+class Labelled(io.TextIOBase):
+    """Several workers print to one terminal, so each line says whose it is."""
+
+    def __init__(self, name: str, stream):
+        self.name = name
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes each line that is not blank with the label before it."""
+        for line in text.splitlines():
+            if line.strip():
+                self.stream.write(f"  [{self.name}] {line}\n")
+        self.stream.flush()
+        return len(text)
+
+
+def run_labelled(cfg, job) -> dict:
+    """run_one in a worker."""
+    with redirect_stdout(Labelled(cfg.name, sys.stdout)):
+        return run_one(cfg, job)
+
+
+def run_one(cfg, job) -> dict:
+    """One run: seeds, job(cfg), one save -> what result.json holds."""
+    device = pick_device(cfg)
+    gc.collect()  # or the last run's model, which reference cycles keep, would still take memory
+    if compiles(cfg):
+        torch.compiler.reset()  # or the last run's graphs would fill the cache
+    reset_peak_memory(device)
+    torch.manual_seed(cfg.seed)
+
+    start = time.perf_counter()
+    cpu_start = time.process_time()
+    measurements = job(cfg)
+
+    # {identity, config, machine, measurements}. The last win: a job fills in what only the data could tell.
+    result = cfg.identity()
+    result["config"] = asdict(cfg)
+    result["device"] = f"{world()} x {device_name(device)}"
+    result["versions"] = versions()
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    result["cpu_seconds"] = round(time.process_time() - cpu_start, 1)
+    result.update(measurements)
+    if rank() == 0:
+        save_json(cfg.folder / "result.json", result)
+    return result
+
+
+def versions() -> dict:
+    """Of Python and the packages that decide numbers and speed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "tiktoken"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def save_json(path: Path, content: dict) -> None:
+    """One key a line, and each value on its line: a file that can be read and compared."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    save(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def save(path: Path, content: bytes) -> None:
+    """The file whole, or not at all; its folder is made."""
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as f:
+        f.write(content)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train: the job of this script
 
 @lru_cache(maxsize=2)
 def load_corpus(dataset: str, tokenizer: str):
@@ -699,144 +1046,165 @@ def load_corpus(dataset: str, tokenizer: str):
 
 
 def fill_in(cfg: RunConfig, corpus) -> RunConfig:
-    """The settings that come from the corpus."""
+    """The settings that come from the corpus. Raises UserError if the corpus is not the one that the settings name."""
     n = corpus.vocab_size
     if cfg.vocab_size and cfg.vocab_size < n:
         raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give as many")
     if cfg.data_sha256 and cfg.data_sha256 != corpus.sha256:
         raise UserError(f"{corpus.name}: sha256 is {corpus.sha256}, expected {cfg.data_sha256}; it is other data")
-    padded = n if n < 1024 else -(-n // 64) * 64  # GPUs multiply multiples of 64 much faster
+    padded = n if n < 1024 else math.ceil(n / 64) * 64  # GPUs multiply multiples of 64 much faster
     return replace(cfg, vocab_size=cfg.vocab_size or padded, data_sha256=corpus.sha256)
 
 
 def train(cfg: RunConfig) -> dict:
-    """One run, from the configuration to result.json."""
+    """Trains and measures one model; a job for run_all."""
     if cfg.batch_size % world():
         raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
-    device, out = pick_device(cfg), Path(cfg.out_dir, cfg.name)
+    device = pick_device(cfg)
     corpus = load_corpus(cfg.dataset, cfg.tokenizer)
     cfg = fill_in(cfg, corpus)
-    torch.manual_seed(cfg.seed)
-    gc.collect()  # or a sweep's last model, which reference cycles keep, would still take memory
-    if compiles(cfg):
-        torch.compiler.reset()  # or its compiled graphs would fill the cache
-    model = build(GPT, model_config(cfg)).to(device)
-    reset_peak_memory(device)
-    say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.steps} steps of "
-        f"{cfg.batch_size * cfg.max_seq_len:,} tokens, {world()} x {device.type}")
-    final, flops, peak = {}, model.flops_per_token(cfg.max_seq_len), peak_flops(cfg) * world()
+    model = GPT(cfg.architecture()).to(device)
+    tokens = cfg.batch_size * cfg.max_seq_len
+    flops = model.flops_per_token(cfg.max_seq_len)
+    peak = peak_flops(cfg) * world()
+    say(f"{cfg.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.steps} steps of {tokens:,} "
+        f"tokens, {world()} x {device.type}")
 
     def batch_fn(step):
         return corpus.batch(step, cfg.batch_size, cfg.max_seq_len, cfg.seed, rank(), world())
 
+    # The last evaluation is the run's result.
+    final = {}
+
     def evaluate():
         final.update(evaluate_bpb(model, corpus, cfg))
-        return {"val_bpb": final["val_bpb"], "val_loss": final["val_loss"]}
+        return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"])
 
     def describe(record, batch):
-        y = batch[1]
-        more = dict(bpb=record["loss"] * y.numel() / (math.log(2) * max(1, corpus.token_bytes[y].sum().item())))
+        # Bits per byte of this batch (the loss is a mean over its targets), and how busy the GPU was.
+        _, y = batch
+        size = corpus.token_bytes[y].sum().item()
+        more = dict(bpb=bits_per_byte(record["loss"] * y.numel(), max(1, size)))
         if peak:
-            more["mfu"] = cfg.batch_size * cfg.max_seq_len * flops / record["step_seconds"] / peak
+            more["mfu"] = tokens * flops / record["step_seconds"] / peak
         return more
 
-    history = fit(model, batch_fn, cfg, out, evaluate, describe)
+    history = fit(model, batch_fn, cfg, cfg.folder, evaluate, describe)
     model.eval()
-    if not final:  # resumed from the very last checkpoint
-        evaluate()
-    result = measure(model, corpus, cfg, history, final)
+    if not final:
+        evaluate()  # the run was resumed from its very last checkpoint
+    measurements = dict(config=asdict(cfg), data_sha256=cfg.data_sha256)
+    measurements.update(final)
+    measurements.update(measure(model, corpus, cfg, history))
     if rank() == 0:
-        plot_losses(history, out / "loss.png")
-        with replacing(out / "result.json") as f:
-            f.write(json.dumps(result, indent=1).encode())
-        print_summary(result, out)
-    return result
+        plot_losses(history, cfg.folder / "loss.png")
+        print_summary(measurements, cfg)
+    return measurements
 
 
-def print_summary(r: dict, out: Path) -> None:
-    memory = f"{r['peak_vram_mib']:,.0f} MiB of GPU memory" if r["peak_vram_mib"] else f"{r['peak_rss_mib']:,.0f} MiB"
-    print(f"""
-  validation        {r['val_bpb']:.4f} bits per byte ({r['val_loss']:.4f} nats a token)
-  parameters        {r['total_params']:,}, of them {r['memory_params']:+,} against memory=none
-  training FLOPs    {r['flops_per_token']:,.0f} a token, {r['flops_per_token'] * r['train_tokens']:.3g} in all
-  state             {r['state_bytes']:,} bytes after {r['max_seq_len']} tokens of one sequence
-  speed             {r['tokens_per_second']:,.0f} tokens/s in a median step; {r['total_time_min']:.1f} minutes in all
-  peak memory       {memory}
-  files             {out}/result.json, log.jsonl, loss.png, ckpt.pt
-""" + (f"\nA sample:\n{r['sample']}\n" if r["sample"] else ""), flush=True)
+def headline(result: dict) -> str:
+    """The main number of a run."""
+    return f"{result['val_bpb']:.4f} bits per byte"
 
 
-def print_table(results: list[dict], swept: list[str]) -> None:
-    """One line for each configuration, its seeds together."""
-    def average(rs, name):
-        return mean(r[name] for r in rs)
+def print_summary(m: dict, cfg: RunConfig) -> None:
+    """What a newcomer wants to know of a finished run."""
+    total_flops = m["flops_per_token"] * m["train_tokens"]
+    vram = m["peak_vram_mib"]
+    memory = f"{vram:,.0f} MiB of GPU memory" if vram else f"{m['peak_rss_mib']:,.0f} MiB"
+    print()
+    print(f"  validation        {m['val_bpb']:.4f} bits per byte ({m['val_loss']:.4f} nats a token)")
+    print(f"  parameters        {m['total_params']:,}, of them {m['memory_params']:+,} against memory=none")
+    print(f"  training FLOPs    {m['flops_per_token']:,.0f} a token, {total_flops:.3g} in all")
+    print(f"  state             {m['state_bytes']:,} bytes after {cfg.max_seq_len} tokens of one sequence")
+    print(f"  speed             {m['tokens_per_second']:,.0f} tokens/s in a median step; {m['total_time_min']:.1f} "
+          "minutes in all")
+    print(f"  peak memory       {memory}")
+    print(f"  files             {cfg.folder}/result.json, log.jsonl, loss.png, ckpt.pt")
+    print()
+    if m["sample"]:
+        print(f"A sample:\n{m['sample']}\n", flush=True)
+
+
+def sweep_table(results: list[dict], swept: list[str]) -> str:
+    """One line for each configuration, its seeds together; swept: the settings that tell them apart."""
+    import analyze
+
+    def average(runs, name):
+        return mean(r[name] for r in runs)
 
     cells = defaultdict(list)
     for r in results:
-        cells[tuple(str(r["config"][name]) for name in swept)].append(r)
-    head = swept + ["val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s", "minutes", "MiB"]
-    lines = []
-    for key, rs in sorted(cells.items(), key=lambda cell: average(cell[1], "val_bpb")):
-        std = f"{stdev(r['val_bpb'] for r in rs):.4f}" if len(rs) > 1 else "-"
-        lines.append([*key, f"{average(rs, 'val_bpb'):.4f}", std, str(len(rs)), f"{rs[0]['total_params']:,}",
-                      f"{rs[0]['flops_per_token']:.3g}", f"{rs[0]['state_bytes']:,}",
-                      f"{average(rs, 'tokens_per_second'):,.0f}", f"{average(rs, 'total_time_min'):.1f}",
-                      f"{average(rs, 'peak_vram_mib') or average(rs, 'peak_rss_mib'):,.0f}"])
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    for line in [head, *lines]:
-        say("  ".join(c.ljust(w) if i < len(swept) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))))
+        others = [str(r["config"][name]) for name in swept]
+        cells[analyze.condition(r["config"]), *others].append(r)
+    head = ["condition", *swept, "val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s",
+            "minutes", "MiB"]
+    rows = []
+    for key, runs in sorted(cells.items(), key=lambda cell: average(cell[1], "val_bpb")):
+        spread = stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None
+        memory = average(runs, "peak_vram_mib") or average(runs, "peak_rss_mib")
+        rows.append([*key, average(runs, "val_bpb"), spread, len(runs), f"{runs[0]['total_params']:,}",
+                     f"{runs[0]['flops_per_token']:.3g}", f"{runs[0]['state_bytes']:,}",
+                     f"{average(runs, 'tokens_per_second'):,.0f}", f"{average(runs, 'total_time_min'):.1f}",
+                     f"{memory:,.0f}"])
+    return analyze.table(head, rows, left=1 + len(swept))
 
 
-def run_all(configs: list[RunConfig]) -> None:
-    """One run, or a sweep: finished runs are skipped, a diverged one doesn't stop the others."""
-    results, failed = [], []
-    for cfg in configs:
-        count_params(model_config(cfg))  # what cannot be built is refused before anything is trained
-    for cfg in configs:
-        out = Path(cfg.out_dir, cfg.name)
-        if (out / "result.json").is_file():
-            results.append(json.loads((out / "result.json").read_text()))
-            check_same(results[-1]["config"], cfg, out / "result.json")
-            say(f"{out}: finished, skipped (delete the folder to train it again)")
-            continue
-        try:
-            results.append(train(cfg))
-        except Diverged as e:
-            if len(configs) == 1:
-                raise
-            say(f"{out}: {e}")
-            failed.append(cfg.name)
-    if len(configs) > 1 and results:
-        swept = [f.name for f in fields(RunConfig) if f.name not in ("seed", "name", "memory", "window")
-                 and len({getattr(c, f.name) for c in configs}) > 1]
-        print_table(results, ["memory", "window", *swept])
-    if failed:
-        raise UserError(f"{len(failed)} of {len(configs)} runs diverged: {', '.join(failed)}")
+def parse_args(argv: list[str]) -> list[RunConfig]:
+    """The command line -> every run, named. Defaults < preset < flags; commas make a grid."""
+    # --help shows the defaults of the preset that is asked for.
+    asked = [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
+    shown = preset_config(asked[0] if asked and asked[0] in PRESETS else "laptop")
+    flags, _ = read_flags(RunConfig, argv, usage="train.py [--key=value ...]",
+                          description=__doc__.split("\n\nA run")[0], shown=shown)
+    configs = [preset_config(**settings) for settings in grid(RunConfig, flags)]
+    configs = [replace(cfg, name=cfg.name or run_name(cfg)) for cfg in configs]
+    names = {cfg.name for cfg in configs}
+    if len(names) < len(configs):
+        raise UserError(f"--name={configs[0].name} is one folder but the sweep has {len(configs)} runs; leave --name out")
+    return configs
+
+
+def start_processes(cfg: RunConfig) -> None:
+    """Joins the processes that torchrun started."""
+    device = pick_device(cfg)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    # Hours, because the ranks wait here for those that download and tokenise the data.
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None,
+                            timeout=timedelta(hours=4))
 
 
 def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0, 2 after bad input, 128 + the signal's number after SIGINT or SIGTERM"""
     argv = sys.argv[1:] if argv is None else argv
+    status = 0
     try:
         configs = parse_args(argv)
         if world() > 1:
-            device = pick_device(configs[0])
-            backend, bound_to = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            if bound_to:
-                torch.cuda.set_device(bound_to)
-            # hours, because the ranks wait here for those that download and tokenise the data
-            dist.init_process_group(backend, device_id=bound_to, timeout=timedelta(hours=4))
-        run_all(configs)
-        status = 0
+            start_processes(configs[0])
+        results, diverged = run_all(configs, train, headline)
+        if len(configs) > 1 and results:
+            in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
+            swept = [f.name for f in fields(RunConfig) if f.name not in in_condition
+                     and len({getattr(cfg, f.name) for cfg in configs}) > 1]
+            say(sweep_table(results, swept))
+        if diverged:
+            raise UserError(f"{len(diverged)} of {len(configs)} runs diverged: {', '.join(diverged)}; try a lower --lr")
     except Stopped as e:
+        number, text = e.args
         launcher = "torchrun ..." if world() > 1 else "python"
-        say(f"\n{e.args[1]}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
-        status = 128 + e.args[0]
+        say(f"\n{text}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
+        status = 128 + number
     except UserError as e:
-        if rank() > 0:  # rank 0 mostly says the same, and torchrun then ends this process; if not, it is its own error
+        # Rank 0 mostly says the same, and torchrun then ends this process; if not, it is an error of this rank alone.
+        if rank() > 0:
             time.sleep(10)
         print(f"error: {e}", file=sys.stderr)
         return 2
-    if dist.is_initialized():  # not after an error: ranks without one wait in a collective, and NCCL here for them
+    # Not after an error: ranks without one wait in a collective, and NCCL would wait here for them.
+    if dist.is_initialized():
         dist.destroy_process_group()
     return status
 
