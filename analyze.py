@@ -25,6 +25,7 @@ References
     spurious correlation of quantities that share a term. The palette is Okabe and Ito's.
 """
 import argparse
+import io
 import itertools
 import json
 import math
@@ -50,8 +51,6 @@ EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile"
 # settings that one memory alone reads, told by prefix or by name; elsewhere they mean nothing
 OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
-STYLE = {"local": ("#000000", "o"), "global": ("#7f7f7f", "s"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"),
-         "ttt": ("#009E73", "D"), "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
 
 
 CONDITIONS = {           # what their names mean, for the report
@@ -68,6 +67,122 @@ CONDITIONS = {           # what their names mean, for the report
 
 class UserError(Exception):
     """Bad input: main prints the sentence after `error:` and exits 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One name, one look, one table, one kind of picture for a condition. train.py, eval.py and toys.py call these too.
+
+USUAL_WINDOW = "SSSL"    # this pattern of attention layers is left out of a condition's name
+# these take the place of a layer's attention, or see a window of their own, so that the pattern does not reach them
+NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic"}
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The markers tell them apart in grey.
+LOOKS = {
+    "local": dict(color="#000000", marker="o"),
+    "global": dict(color="#7f7f7f", marker="s"),
+    "persistent": dict(color="#0072B2", marker="^"),
+    "rmt": dict(color="#D55E00", marker="v"),
+    "rmt-0": dict(color="#D55E00", marker="<"),
+    "ttt": dict(color="#009E73", marker="D"),
+    "deltanet": dict(color="#CC79A7", marker="P"),
+    "knn": dict(color="#E69F00", marker="X"),
+    "mosaic": dict(color="#56B4E9", marker="p"),
+}
+OTHER_LOOK = dict(color="#994F00", marker="h")
+
+
+def attention_name(window: str) -> str:
+    """The name of a run without a memory: it follows from which layers see all of the past (L) and which don't (S)."""
+    if set(window) == {"L"}:
+        return "global"
+    return "local"
+
+
+def sees_pattern(settings: dict) -> bool:
+    """Does any layer of this run attend as the window pattern says?"""
+    return settings.get("memory") not in NO_PATTERN or settings.get("memory_layers", "all") != "all"
+
+
+def condition(settings: dict) -> str:
+    """The name of what a run tests, from its settings: memory, memory_layers, window, rmt_tokens.
+
+        local, global    no memory                             rmt-0        rmt without memory tokens
+        ttt@1+3          the memory in layers 1 and 3 only     local SL     another window pattern than SSSL
+
+    A setting that is missing has its default. The pattern stands behind the name only if attention layers follow it.
+    """
+    memory = settings.get("memory", "none")
+    layers = settings.get("memory_layers", "all")
+    window = settings.get("window", USUAL_WINDOW)
+
+    if memory == "none":
+        name = attention_name(window)
+    elif memory == "rmt" and settings.get("rmt_tokens", 16) == 0:
+        name = "rmt-0"
+    else:
+        name = memory
+
+    if memory != "none" and layers != "all":
+        name += f"@{layers}"
+    if name != "global" and window != USUAL_WINDOW and sees_pattern(settings):
+        name += f" {window}"
+    return name
+
+
+def base_name(name: str) -> str:
+    """A condition without what follows its memory: "ttt@1+3 SL" -> "ttt", memory-bench's "rmt-m16-s512" -> "rmt"."""
+    first_word = re.split("[ @]", name)[0]
+    return first_word if first_word in LOOKS else first_word.split("-")[0]
+
+
+def look(name: str) -> dict:
+    """Colour and marker of a condition, as matplotlib's plot takes them: the same in every figure."""
+    return dict(LOOKS.get(base_name(name), OTHER_LOOK))
+
+
+def cell_text(cell) -> str:
+    """How a table shows a value."""
+    if cell is None:
+        return "-"
+    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+
+
+def table(head: list[str], rows: list[list], left: int = 1) -> str:
+    """An aligned Markdown table. It reads well on a terminal too.
+
+    The first `left` columns are aligned to the left, the others to the right. A float gets 4 decimals, None becomes
+    "-". Without rows there is no table: the text is empty.
+    """
+    if not rows:
+        return ""
+    lines = [head] + [[cell_text(cell) for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+
+    def aligned(cells: list[str]) -> str:
+        padded = []
+        for i, (cell, width) in enumerate(zip(cells, widths)):
+            padded.append(cell.ljust(width) if i < left else cell.rjust(width))
+        return "| " + " | ".join(padded) + " |\n"
+
+    # the colon at the end of its dashes is how Markdown knows a column that is aligned to the right
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return aligned(head) + aligned(rule) + "".join(aligned(line) for line in lines[1:])
+
+
+def panels(rows: int, cols: int, size: tuple, **more):
+    """A figure of `size` (width, height) inches and its rows × cols axes; `more` goes to matplotlib's subplots."""
+    figure, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained", **more)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def picture(figure) -> bytes:
+    """The figure as a PNG. The figure is closed, so that matplotlib does not keep it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    plt.close(figure)
+    return png.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,12 +485,6 @@ def at_budget(run: Run, cost: str, budget: float) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def table(head: str, rows) -> str:
-    """head: the column titles, separated by |. No rows, no table."""
-    lines = [head.split("|"), ["---"] * (head.count("|") + 1), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines) if rows else ""
-
-
 def human(x) -> str:
     """1234567 -> 1.23M."""
     x = float(f"{x:.3g}")                                             # first, so that 999999 is 1M and not 1e+03k
@@ -402,8 +511,7 @@ def score_table(cells) -> str:
         if (t := c.costs("minutes")) and max(t) > 1.1 * min(t):
             costs[5] += f" ({min(t):.3g}–{max(t):.3g})"
         rows.append([c.T, c.label, len(c.runs), f"{c.mean():.5f}{sd}", *costs])
-    return table("T|condition|n|bpb|parameters|more than memory=none|FLOPs/token|state bytes|tokens/s|minutes|peak MiB",
-                 rows)
+    return table("T|condition|n|bpb|parameters|more than memory=none|FLOPs/token|state bytes|tokens/s|minutes|peak MiB".split("|"), rows, left=2)
 
 
 def comparisons(cells) -> list:
@@ -422,7 +530,7 @@ def mechanism_table(cells) -> str:
     own = {"memory", "memory_layers", "window", "total_params", "memory_params", "flops_per_step"}
     notes = [f"- {c.label} and {b.label}: {', '.join(extra)}\n" for c, b, _ in family
              if (extra := [k for k in differing(c.one, b.one) if k not in own and not owner(k)])]
-    return (table("T|condition|against|n|Δ mBPB [95% CI]|t test p (Holm)|sign-flip p (Holm)", rows)
+    return (table("T|condition|against|n|Δ mBPB [95% CI]|t test p (Holm)|sign-flip p (Holm)".split("|"), rows, left=3)
             + ("\nNot only memory and window differ here:\n\n" if notes else "") + "".join(dict.fromkeys(notes)))
 
 
@@ -465,8 +573,7 @@ def position_table(cells) -> str:
         rows.append([c.T, c.label, n, interval(*t_interval(D), per), interval(*t_interval(G), per),
                      share if isinstance(share, str) else interval(*share, 1), f"{r:.2f}",
                      f"{np.mean(null):.2f}, highest of {len(null)}: {max(null):.2f}", f"{split:.2f}"])
-    text = table("T|memory|n|mean D mBPB [95% CI]|mean G mBPB [95% CI]|closure ΣG/ΣD [95% CI]|r(G, D)|r of noise alone"
-                 "|r, split seeds", rows)
+    text = table("T|memory|n|mean D mBPB [95% CI]|mean G mBPB [95% CI]|closure ΣG/ΣD [95% CI]|r(G, D)|r of noise alone|r, split seeds".split("|"), rows, left=2)
     return text + ("\n" + recombination(cells) if rows else "")
 
 
@@ -482,7 +589,7 @@ def frontiers(cells):
 def frontier_table(cells) -> str:
     rows = [[T, COSTS[cost], ", ".join(points[i][2].label for i in best), len(points)]
             for T, cost, points, best in frontiers(cells)]
-    return table("T|cost|not beaten by any other|compared", rows)
+    return table("T|cost|not beaten by any other|compared".split("|"), rows, left=3)
 
 
 def matched_table(cells) -> str:
@@ -501,28 +608,16 @@ def matched_table(cells) -> str:
             rows.append([T, f"{human(budget)} {'FLOPs' if cost == 'flops' else cost}", c.label, len(there),
                          f"{np.mean(list(there.values())):.5f}" if there else "first evaluated later",
                          *([b.label, interval(p.mean, p.lo, p.hi)] if p else "––")])
-    return table("T|budget|condition|n|bpb there|against|Δ mBPB [95% CI]", rows)
+    return table("T|budget|condition|n|bpb there|against|Δ mBPB [95% CI]".split("|"), rows, left=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures. Seeds are small points, means are lines or large markers; colour and marker both tell the condition.
 
-def look(cell: Cell) -> tuple[str, str]:
-    return STYLE.get(re.split("[ @-]", cell.label)[0], ("#994F00", "h"))
-
-
 def cut(values) -> float:
     """How far an axis reaches, so that one outlier doesn't flatten the rest; what lies beyond is told by an arrow."""
     values = np.abs(np.asarray(values, float))
     return float(min(values.max(), 5 * np.median(values) or values.max()))
-
-
-def panels(rows, cols, size, **more):
-    fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained", **more)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    return fig, axes
 
 
 def figure_differences(cells):
@@ -540,7 +635,7 @@ def figure_differences(cells):
     for ax, T in zip(axes[:, 0], lengths):
         here = [r for r in rows if r[0].T == T]
         for y, (c, b, p) in enumerate(here):
-            (colour, marker), mean = look(c), 1000 * float(np.mean(p.diffs))
+            (colour, marker), mean = look(c.label).values(), 1000 * float(np.mean(p.diffs))
             if abs(mean) > far:
                 x, arrow, ha = (right, "→", "right") if mean > 0 else (left, "←", "left")
                 ax.text(x, y, f"{mean:+.1f} {arrow}", color=colour, weight="bold", ha=ha, va="center")
@@ -569,7 +664,7 @@ def figure_position(cells):
         ax.set_visible(False)
     for ax, (c, positions, local, memory, full) in zip(axes.flat, found):
         middles = np.add(positions, np.diff(positions, append=c.T) / 2)
-        for curve, name, colour, style in ((local - full, "D", "black", "--"), (local - memory, "G", look(c)[0], "-")):
+        for curve, name, colour, style in ((local - full, "D", "black", "--"), (local - memory, "G", look(c.label)["color"], "-")):
             ax.plot(np.tile(middles, len(curve)), 1000 * curve.ravel(), ".", color=colour, ms=4, alpha=0.4, mew=0)
             ax.plot(middles, 1000 * curve.mean(0), style, color=colour, lw=1.6, label=name)
         ax.axhline(0, color="black", lw=0.6)
@@ -592,15 +687,15 @@ def figure_pareto(cells):
     fig, axes = panels(len(lengths), len(costs), (max(6, 3.3 * len(costs)), 2.8 * len(lengths) + 0.8))
     handles, solid = {}, {}
     for c in cells:
-        solid.setdefault(look(c)[0], c.label)                         # a second variant of one memory is hollow
+        solid.setdefault(tuple(look(c.label).values()), c.label)                         # a second variant of one memory is hollow
     for T, cost, points, best in found:
         ax, low = axes[lengths.index(T), costs.index(cost)], min(y for _, y, _ in points)
         far = low + cut([y - low for _, y, _ in points if y > low] or [0.0])
         seen = [v for _, y, c in points if y <= far for v in c.bpb().values()]
         beyond = [f"{c.label} {y:.3f}" for _, y, c in points if y > far]
         for x, y, c in points:
-            colour, marker = look(c)
-            fill = colour if solid[colour] == c.label else "white"
+            colour, marker = look(c.label).values()
+            fill = colour if solid[colour, marker] == c.label else "white"
             handles[c.label], = ax.plot(x, y, marker, color=colour, mfc=fill, ms=9, alpha=0.9)
             ax.plot([x] * len(c.runs), list(c.bpb().values()), marker, color=colour, ms=4, alpha=0.5, mew=0)
         ax.step(*zip(*(points[i][:2] for i in best)), where="post", color="black", lw=1, zorder=0)
@@ -682,8 +777,7 @@ def report(cells, repeats, skipped, others, out: Path) -> str:
             parts.append(f"### {title}\n{lead}\n\n{body}")
             if draw and (fig := draw(mine)):
                 name = f"{draw.__name__.removeprefix('figure_')}{k or ''}.png"
-                fig.savefig(out / name, dpi=110)
-                plt.close(fig)
+                (out / name).write_bytes(picture(fig))
                 parts.append(f"![{title}]({name})\n")
     return "\n".join(parts)
 

@@ -3011,7 +3011,7 @@ def test_matched_compute():
     assert [r[7] for r in rows] == ["+0.00 [+0.00, +0.00]", "+500.00 [+500.00, +500.00]"]
     assert analyze.matched_table(cells_of(result(), result("ttt"))[0]) == ""      # no log: no table
     late, _ = cells_of(*fast, *slow, result("knn", bpb=1.0, log=log[2:]))         # none of it within the budget: said, not left out
-    assert analyze.matched_table(late).count("| knn (SSSL) | 0 | first evaluated later |") == 2
+    assert " ".join(analyze.matched_table(late).split()).count("| knn (SSSL) | 0 | first evaluated later |") == 2
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -3046,7 +3046,7 @@ def test_mixed_cell_is_an_error():
     # RMT without memory tokens is RMT's own baseline, not a mixture
     cells, _ = cells_of(*(result("rmt", seed=s, config={"rmt_tokens": m}) for s in (1, 2, 3) for m in (0, 16)))
     assert [c.label for c in cells] == ["rmt (SSSL)", "rmt-0 (SSSL)"]
-    assert "| rmt (SSSL) | rmt-0 (SSSL) | 3 |" in analyze.mechanism_table(cells)
+    assert "| rmt (SSSL) | rmt-0 (SSSL) | 3 |" in " ".join(analyze.mechanism_table(cells).split())
 
 
 def test_baseline_is_the_most_similar():
