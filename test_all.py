@@ -39,6 +39,7 @@ from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one process a core
 
@@ -1523,26 +1524,41 @@ def test_ranks_share_the_batch():
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py: the loop, checkpoints, sweeps, bad input
 
-def text_file(folder) -> str:
-    """A small real text: 60 KB of this project's own source."""
-    path = Path(folder, "text.txt")
-    source = Path(train.__file__).read_text() + Path(sys.modules["model"].__file__).read_text()
-    path.write_text(source[:60_000])
-    return str(path)
+TINY = ["--tokenizer=byte", "--n_layer=2", "--n_embd=32", "--n_head=2", "--max_seq_len=64", "--batch_size=4", "--eval_tokens=1024",
+        "--sample_tokens=8", "--warmup=2", "--device=cpu", "--compile=false", "--out_dir=runs"]
 
 
 @contextlib.contextmanager
 def workplace():
-    """A folder with a corpus; -> (folder, tiny flags for main)"""
+    """A folder with a corpus (60 kB of the standard library); -> (folder, tiny flags for main)"""
     with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text(Path(argparse.__file__).read_text()[:60_000])
         old = os.getcwd()
         os.chdir(folder)  # data's cache goes to out/data below it
         try:
-            yield Path(folder), ["--dataset=" + text_file(folder), "--tokenizer=byte", "--n_layer=2", "--n_embd=32", "--n_head=2",
-                                 "--max_seq_len=64", "--batch_size=4", "--eval_tokens=1024", "--sample_tokens=8", "--warmup=2",
-                                 "--device=cpu", "--compile=false", "--out_dir=runs"]
+            yield Path(folder), [f"--dataset={text}", *TINY]
         finally:
             os.chdir(old)
+
+
+def trained(*argv):
+    """What `python train.py ...` prints; it has to end well."""
+    status, out, err = call(train.main, *argv)
+    assert status == 0, err
+    return out
+
+
+def at_call(number, before=lambda: None, factor=1.0):
+    """train.accumulate, but before call `number` something happens, and that call's loss is multiplied."""
+    original, calls = train.accumulate, itertools.count(1)
+
+    def accumulate(*args):
+        now = next(calls) == number
+        if now:
+            before()
+        return original(*args) * (factor if now else 1)
+    return mock.patch.object(train, "accumulate", accumulate)
 
 
 def log(folder) -> list[dict]:
@@ -1553,6 +1569,14 @@ def log(folder) -> list[dict]:
 
 def weights(folder):
     return torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"]
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_losses(a, b):
+    return len(a) == len(b) and all(math.isclose(r["loss"], s["loss"], rel_tol=1e-5) for r, s in zip(a, b))
 
 
 @contextlib.contextmanager
@@ -1568,39 +1592,32 @@ def limited_files(size):
         signal.signal(signal.SIGXFSZ, old)
 
 
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def torchrun(*argv):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                         "PYTHONPATH": os.pathsep.join(sys.path)})
+def in_background(*argv):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
 def tiny(**kw):
-    return train.RunConfig(**dict(n_layer=2, n_embd=32, n_head=2, max_seq_len=64, batch_size=4, vocab_size=257, device="cpu") | kw)
+    settings = dict(n_layer=2, n_embd=32, n_head=2, max_seq_len=64, batch_size=4, vocab_size=257, device="cpu")
+    return train.RunConfig(**settings | kw)
 
 
 # ---------------------------------------------------------------- configuration and command line
 
 def test_help_lists_every_flag_with_its_default():
-    with contextlib.suppress(SystemExit):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            train.main(["--help"])
-    text = " ".join(out.getvalue().split())
+    status, out, _ = call(train.main, "--help")
+    text = " ".join(out.split())
     for f in train.fields(train.RunConfig):
         assert f"--{f.name} " in text and f.metadata["help"].split(";")[0] in text, f.name
-    for group in ("architecture:", "memory:", "data:", "optimisation:", "run:"):
-        assert group in text
+    assert status == 0 and all(f"{group}:" in text for group in ("architecture", "memory", "data", "optimisation", "run"))
     assert text.count("(default: ") == len(train.fields(train.RunConfig))
+    assert "(default: 80000)" in call(train.main, "--preset=gpt2", "--help")[1]
 
 
 def test_precedence_defaults_preset_flags():
     a, = train.parse_args(["--preset=gpt2"])
     assert (a.optimizer, a.lr, a.min_lr, a.weight_decay, a.dropout, a.warmup, a.steps, a.schedule, a.batch_size, a.max_seq_len,
-            a.clip, a.beta1, a.beta2) == ("adamw", 5e-3, 1e-4, .1, .05, 2000, 80_000, "cosine", 512, 512, 1.0, .9, .95)
+            a.clip, a.beta2) == ("adamw", 5e-3, 1e-4, .1, .05, 2000, 80_000, "cosine", 512, 512, 1.0, .95)
     b, = train.parse_args(["--lr=0.25", "--preset=gpt2", "--bias", "false"])
     assert b.lr == 0.25 and b.bias is False and b.steps == a.steps
     d, = train.parse_args(["--preset=d12"])
@@ -1615,7 +1632,8 @@ def test_sweep_is_the_grid_with_seeds_innermost():
 
 
 def test_run_names():
-    name = lambda *a: train.parse_args(list(a))[0].name
+    def name(*argv):
+        return train.parse_args(list(argv))[0].name
     assert name() == "laptop-none-s1"
     assert name("--memory=deltanet", "--window=L") == "laptop-deltanet-window=L-s1"
     assert name("--memory=deltanet", "--window=SSSL", "--device=cpu", "--save_every=7", "--out_dir=x") == "laptop-deltanet-s1"
@@ -1628,40 +1646,23 @@ def test_run_names():
 
 
 def test_bad_input_is_one_line_and_status_2():
+    refusals = [  # flags, words of the refusal; the first run of a sweep is not even begun
+        (["--memroy=ttt"], "--memory"), (["--stepz", "4"], "--steps"), (["--xyzzy=1"], "xyzzy"), (["extra"], "extra"),
+        (["--steps"], "steps"), (["--steps=many"], "--steps=many", "whole number"), (["--lr=fast"], "--lr=fast", "a number"),
+        (["--bias=maybe"], "true or false"), (["--preset=huge"], "huge", "laptop"), (["--optimizer=sgd"], "sgd", "muon"),
+        (["--memory=mamba"], "mamba", "deltanet"), (["--pos=nope"], "nope", "rope"), (["--n_head=3"], "n_head=3"),
+        (["--window=SXL"], "SXL"), (["--memory=ttt", "--memory_layers=9"], "9"), (["--memory=none,rmt", "--rmt_segment=60"], "60"),
+        (["--steps=0"], "steps=0"), (["--lr=nan"], "lr=nan"), (["--lr=-1"], "lr=-1"), (["--lr=inf"], "lr=inf"),
+        (["--beta2=1"], "beta2=1"), (["--clip=,1"], "--clip="), (["--vocab_size=100"], "100", "257"),
+        (["--device_batch_size=3"], "device_batch_size=3", "4"), (["--dtype=bfloat16"], "bfloat16"),
+        (["--data_sha256=abc"], "abc"), (["--seed=1,2", "--name=x"], "--name=x"), (["--dataset=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--out_dir=file"], "cannot write", "file")]
+    refusals += [] if torch.cuda.is_available() else [(["--device=cuda"], "CUDA")]
     with workplace() as (folder, base):
-        refused(train.main, ["--memroy=ttt"], "--memory")
-        refused(train.main, ["--stepz", "4"], "--steps")
-        refused(train.main, ["--xyzzy=1"], "xyzzy")
-        refused(train.main, ["extra"], "extra")
-        refused(train.main, ["--steps"], "steps")
-        refused(train.main, ["--steps=many"], "--steps=many", "whole number")
-        refused(train.main, ["--lr=fast"], "--lr=fast", "a number")
-        refused(train.main, ["--bias=maybe"], "true or false")
-        refused(train.main, ["--preset=huge"], "huge", "laptop")
-        refused(train.main, ["--optimizer=sgd"], "sgd", "muon")
-        refused(train.main, ["--memory=mamba"], "mamba", "deltanet")
-        refused(train.main, ["--pos=nope"], "nope", "rope")
-        refused(train.main, ["--n_head=3"], "n_head=3")
-        refused(train.main, ["--window=SXL"], "SXL")
-        refused(train.main, ["--memory=ttt", "--memory_layers=9"], "9")
-        refused(train.main, ["--memory=none,rmt", "--rmt_segment=60", *base], "60")  # the sweep's first run is not even begun
-        assert not Path("runs").exists()
-        refused(train.main, ["--steps=0"], "--steps=0")
-        refused(train.main, ["--lr=nan"], "--lr=nan")
-        refused(train.main, ["--lr=-1"], "--lr=-1")
-        refused(train.main, ["--lr=inf"], "--lr=inf")
         Path("file").write_text("")
-        refused(train.main, [*base, "--out_dir=file"], "cannot write", "file")
-        refused(train.main, ["--beta2=1"], "--beta2=1")
-        refused(train.main, ["--clip=,1"], "--clip=")
-        refused(train.main, ["--vocab_size=100", *base], "100", "257")
-        refused(train.main, ["--device_batch_size=3", *base], "device_batch_size=3", "4")
-        refused(train.main, ["--dtype=bfloat16", *base], "bfloat16")
-        refused(train.main, ["--data_sha256=abc", *base], "abc")
-        refused(train.main, ["--seed=1,2", "--name=x", *base], "--name=x")
-        refused(train.main, [*base, "--dataset=/nowhere/at/all"], "/nowhere/at/all")
-        if not torch.cuda.is_available():
-            refused(train.main, [*base, "--device=cuda"], "CUDA")
+        for flags, *words in refusals:
+            refused(train.main, [*base, *flags], *words)
+        assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/result.json"))
 
 
 # ---------------------------------------------------------------- optimizer
@@ -1690,7 +1691,8 @@ def test_muon_is_torchs_muon():
             p.grad = torch.randn_like(p)
             q.grad = p.grad.double()
         before = [p.detach().clone() for p in ours]
-        a.step(), b.step()
+        a.step()
+        b.step()
         for p, q, was in zip(ours, theirs, before):
             # bfloat16 in theirs: the updates differ by up to about 2%
             assert ((p - q).norm() / (p - was).norm()).item() < 0.03
@@ -1701,92 +1703,114 @@ def test_muon_is_torchs_muon():
 
 def test_every_parameter_has_one_owner_and_muon_has_the_hidden_matrices():
     for memory in MEMORIES:
-        model = GPT(train.model_config(tiny(memory=memory)))
-        optimizers = train.build_optimizer(model, tiny(memory=memory, embed_lr=7.0))
+        net = GPT(tiny(memory=memory).architecture())
+        optimizers = train.build_optimizer(net, tiny(memory=memory, beta2=0.97))
         muon, = [o for o in optimizers if isinstance(o, train.Muon)]
-        assert {id(p) for g in muon.param_groups for p in g["params"]} == {id(p) for p in model.hidden_matrices()}
+        assert {id(p) for g in muon.param_groups for p in g["params"]} == {id(p) for p in net.hidden_matrices()}
         owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-        assert sorted(owned) == sorted(id(p) for p in model.parameters()), memory
+        assert sorted(owned) == sorted(id(p) for p in net.parameters()), memory
         adam, = [o for o in optimizers if o is not muon]
         for g in adam.param_groups:
-            assert g["weight_decay"] == (0 if g["params"][0].ndim < 2 else 0.1)
-            assert g["scale"] == (7.0 if any(p is model.wte.weight for p in g["params"]) else 1.0)
-        alone, = train.build_optimizer(model, tiny(memory=memory, optimizer="adamw"))
+            assert g["weight_decay"] == (0 if g["params"][0].ndim < 2 else 0.1) and g["betas"] == (0.9, 0.97)
+        alone, = train.build_optimizer(net, tiny(memory=memory, optimizer="adamw"))
         assert isinstance(alone, torch.optim.AdamW)
         assert sum(len(g["params"]) for g in alone.param_groups) == len(owned)
 
 
 # ---------------------------------------------------------------- the loop
 
+class Line(nn.Module):
+    """y = x w, to be learned; notes whether it is asked in training mode, and what dropout draws."""
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3, 1))
+
+    def forward(self, x, y):
+        return (x @ self.w - y).square().mean() + 0 * torch.rand(())
+
+
+def line_batch(step):
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+    return x, x @ torch.tensor([[1.0], [-2.0], [3.0]])
+
+
 def test_fit_trains_any_module():
-    class Line(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(3, 1))
-
-        def forward(self, x, y):
-            return (x @ self.w - y).square().mean()
-
-    def batch(step):
-        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
-        return x, x @ torch.tensor([[1.0], [-2.0], [3.0]])
-
-    model = Line()
+    cfg = train.FitConfig(steps=200, lr=0.1, weight_decay=0.0, optimizer="adamw", device="cpu")
     with contextlib.redirect_stdout(io.StringIO()):
-        history = train.fit(model, batch, train.FitConfig(steps=200, lr=0.1, weight_decay=0.0, optimizer="adamw", device="cpu"))
+        history = train.fit(Line(), line_batch, cfg)
     assert len(history) == 200 and history[-1]["loss"] < 1e-2 < history[0]["loss"]
+
+
+def test_an_update_clips_first_and_uses_the_rate_of_its_own_step():
+    """Plain gradient descent moves the weights by rate · clipped gradient, and the rate is the one that the log has."""
+    cfg = tiny(steps=10, warmup=4, lr=1.0, clip=0.01)
+    for step in range(3):
+        line = Line()
+        descent = torch.optim.SGD(line.parameters(), lr=0.0)
+        train.update(line, [descent], line_batch(0), step, cfg, torch.device("cpu"))
+        assert math.isclose(line.w.norm().item(), 0.01 * train.lr_at(step, cfg), rel_tol=1e-3), step
+
+
+def test_dropout_draws_differ_by_step_and_rank_and_evaluation_has_none():
+    net, batch = GPT(tiny(dropout=0.5).architecture()), (torch.arange(128).view(2, 64), torch.arange(128).view(2, 64))
+
+    def loss(step, rank):
+        with mock.patch.object(train, "rank", lambda: rank):
+            unmoved = torch.optim.SGD(net.parameters(), lr=0.0)
+            return train.update(net, [unmoved], batch, step, tiny(lr=0.0), torch.device("cpu"))[0].item()
+
+    assert loss(1, 0) == loss(1, 0) and len({loss(1, 0), loss(1, 1), loss(2, 0)}) == 3
+
+    modes = []
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        cfg = tiny(steps=4, eval_every=2)
+        net = Line()
+        net.register_forward_pre_hook(lambda module, given: modes.append(module.training))
+        train.fit(net, line_batch, cfg, Path(folder), evaluate=lambda: modes.append(net.training) or {})
+    assert modes == [True, True, False, True, True, False]  # an evaluation after steps 2 and 4
 
 
 def test_accumulation_is_one_big_batch():
     with workplace() as (folder, base):
         for n in (4, 2, 1):
-            assert call(train.main, *base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")[0] == 0
+            trained(*base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")
         big, half, one = (log(f"runs/b{n}") for n in (4, 2, 1))
-        for a, b, c in zip(big, half, one):
-            assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5) and math.isclose(a["loss"], c["loss"], rel_tol=1e-5)
-            assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4)
+        assert same_losses(big, half) and same_losses(big, one)
+        assert all(math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4) for a, b in zip(big, half))
 
 
 def test_two_ranks_are_one_rank_for_every_memory():
     with workplace() as (folder, base):
-        every = ["--memory=" + ",".join(MEMORIES), "--steps=4", "--batch_size=4", "--sample_tokens=0", *base[:-1]]
-        status, _, err = call(train.main, *every, "--out_dir=one", "--device_batch_size=2")
-        assert status == 0, err
-        done = torchrun("--standalone", "--nproc_per_node=2", train.__file__, *every, "--out_dir=two",
-                        "--device_batch_size=1")
-        stdout, stderr = done.communicate()
-        assert done.returncode == 0, stderr[-3000:]
+        every = [*base, "--memory=" + ",".join(MEMORIES), "--steps=4", "--sample_tokens=0"]
+        trained(*every, "--out_dir=one", "--device_batch_size=2")
+        two = in_background("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *every, "--out_dir=two",
+                            "--device_batch_size=1")
+        stdout, stderr = two.communicate()
+        assert two.returncode == 0, stderr[-3000:]
         runs = sorted(p.name for p in Path("one").iterdir())
         assert len(runs) == len(MEMORIES) and runs == sorted(p.name for p in Path("two").iterdir())
         for run in runs:
             a, b = log(f"one/{run}"), log(f"two/{run}")
-            assert len(a) == len(b) == 4
-            for r, s in zip(a, b):
-                assert math.isclose(r["loss"], s["loss"], rel_tol=1e-5), (run, r, s)
-            assert math.isclose(a[-1]["val_bpb"], b[-1]["val_bpb"], rel_tol=1e-5), run
+            assert same_losses(a, b) and math.isclose(a[-1]["val_bpb"], b[-1]["val_bpb"], rel_tol=1e-5), run
         assert stdout.count("seeds") == 1  # only rank 0 prints the table
 
 
 def test_two_nodes_are_one():
     with workplace() as (folder, base):
         flags = [*base, "--steps=2", "--sample_tokens=0"]
-        assert call(train.main, *flags, "--name=one")[0] == 0
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        nodes = [torchrun("--nnodes=2", f"--node_rank={n}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-                          f"--master_port={port}", train.__file__, *flags, "--name=two") for n in range(2)]
-        errors = [node.communicate()[1] for node in nodes]
+        trained(*flags, "--name=one")
+        for _ in range(3):  # the port found free may be taken by the time it is used
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            nodes = [in_background("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={n}", "--nproc_per_node=1",
+                                   "--master_addr=127.0.0.1", f"--master_port={port}", train.__file__, *flags, "--name=two")
+                     for n in range(2)]
+            errors = [node.communicate()[1] for node in nodes]
+            if not any("in use" in e for e in errors):
+                break
         assert [node.returncode for node in nodes] == [0, 0], errors
-        assert all(math.isclose(r["loss"], s["loss"], rel_tol=1e-5) for r, s in zip(log("runs/one"), log("runs/two"), strict=True))
-
-
-def test_dropout_does_not_depend_on_history():
-    with workplace() as (folder, base):
-        flags = [*base, "--steps=6", "--dropout=0.2", "--save_every=1"]
-        assert call(train.main, *flags, "--name=whole")[0] == 0
-        interrupted(flags, "cut", at=4)
-        assert log("runs/cut") == log("runs/whole")
+        assert same_losses(log("runs/one"), log("runs/two"))
 
 
 # ---------------------------------------------------------------- interruption
@@ -1796,35 +1820,22 @@ def interrupted(flags, run, at):
     class Killed(BaseException):
         pass
 
-    original = train.accumulate
-    calls = itertools.count(1)
+    def kill():
+        raise Killed
 
-    def dying(*args):
-        if next(calls) == at:
-            raise Killed
-        return original(*args)
-
-    train.accumulate = dying
-    try:
+    with at_call(at, kill), contextlib.suppress(Killed):
         call(train.main, *flags, f"--name={run}")
         raise AssertionError("was not interrupted")
-    except Killed:
-        pass
-    finally:
-        train.accumulate = original
     assert not Path(f"runs/{run}/result.json").exists()
-    status, out, err = call(train.main, *flags, f"--name={run}")
-    assert status == 0, err
-    return out
+    return trained(*flags, f"--name={run}")
 
 
 def test_resume_is_bit_identical_for_every_memory():
     with workplace() as (folder, base):
         for memory in MEMORIES:
             flags = [*base, f"--memory={memory}", "--steps=5", "--save_every=2", "--eval_every=2", "--dropout=0.1"]
-            assert call(train.main, *flags, f"--name={memory}-whole")[0] == 0
-            out = interrupted(flags, memory, at=4)
-            assert "from step 2" in out, out
+            trained(*flags, f"--name={memory}-whole")
+            assert "from step 2" in interrupted(flags, memory, at=4)
             assert log(f"runs/{memory}") == log(f"runs/{memory}-whole"), memory
             assert same_tensors(weights(f"runs/{memory}"), weights(f"runs/{memory}-whole")), memory
 
@@ -1832,121 +1843,104 @@ def test_resume_is_bit_identical_for_every_memory():
 def test_sigkill_then_the_same_command_is_bit_identical():
     with workplace() as (folder, base):
         flags = [*base, "--steps=40", "--save_every=3", "--eval_every=7", "--memory=deltanet"]
-        assert call(train.main, *flags, "--name=whole")[0] == 0
-        command = [sys.executable, train.__file__, *flags, "--name=killed"]
-        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-        lines, target = 0, random.randint(5, 25)
+        trained(*flags, "--name=whole")
+        process = in_background(train.__file__, *flags, "--name=killed")
+        lines, target, path = 0, random.randint(5, 25), Path("runs/killed/log.jsonl")
         while lines < target and process.poll() is None:
             time.sleep(0.005)
-            path = Path("runs/killed/log.jsonl")
             lines = path.read_bytes().count(b"\n") if path.exists() else 0
         process.kill()
-        process.wait()
+        process.communicate()
         assert not Path("runs/killed/result.json").exists()
-        status, out, err = call(train.main, *flags, "--name=killed")
-        assert status == 0 and "continuing" in out, err
+        assert "continuing" in trained(*flags, "--name=killed")
         assert log("runs/killed") == log("runs/whole") and same_tensors(weights("runs/killed"), weights("runs/whole"))
 
 
-def test_sigterm_and_sigint_write_a_checkpoint_and_say_how_to_go_on():
-    with workplace() as (folder, base):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            flags = [*base, "--steps=8", "--save_every=0", f"--name={number.name}"]
-            original = train.accumulate
-            calls = itertools.count(1)
-
-            def signalled(*args):
-                if next(calls) == 3:
-                    os.kill(os.getpid(), number)
-                return original(*args)
-
-            train.accumulate = signalled
-            try:
+@each(number=[signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number):
+    handler = signal.signal(number, signal.default_int_handler)  # nohup and & ignore SIGINT
+    try:
+        with workplace() as (folder, base):
+            flags = [*base, "--steps=8", "--save_every=0", "--name=a"]
+            with at_call(3, lambda: os.kill(os.getpid(), number)):
                 status, out, err = call(train.main, *flags)
-            finally:
-                train.accumulate = original
-            assert status == 128 + number and "same command" in out and f"--name={number.name}" in out and not err
-            assert torch.load(f"runs/{number.name}/ckpt.pt", weights_only=True)["step"] == 3
-            assert call(train.main, *flags)[0] == 0 and len(log(f"runs/{number.name}")) == 8
-            assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+            assert status == 128 + number and "same command" in out and "--name=a" in out and not err
+            assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 3
+            assert trained(*flags) and len(log("runs/a")) == 8
+            assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, handler)
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one():
+    def truncate(path):
+        path.write_bytes(path.read_bytes()[:1000])
+
+    def flip(path):
+        b = bytearray(path.read_bytes())
+        b[len(b) // 2] ^= 1
+        path.write_bytes(bytes(b))
+
     with workplace() as (folder, base):
         flags = [*base, "--steps=6", "--save_every=2"]
-        assert call(train.main, *flags, "--name=whole")[0] == 0
-
-        def truncate(path):
-            path.write_bytes(path.read_bytes()[:1000])
-
-        def flip(path):
-            b = bytearray(path.read_bytes())
-            b[len(b) // 2] ^= 1
-            path.write_bytes(bytes(b))
-
+        trained(*flags, "--name=whole")
         for i, damage in enumerate((truncate, flip, lambda p: p.write_bytes(b""), lambda p: p.unlink())):
-            assert call(train.main, *flags, f"--name=r{i}")[0] == 0
             folder = Path(f"runs/r{i}")
+            trained(*flags, f"--name=r{i}")
             (folder / "result.json").unlink()
             damage(folder / "ckpt.pt")
-            status, out, err = call(train.main, *flags, f"--name=r{i}")
-            assert status == 0 and "from step 4" in out and (i == 3 or "damaged" in out), (i, out, err)
+            out = trained(*flags, f"--name=r{i}")
+            assert "from step 4" in out and (i == 3 or "damaged" in out), (i, out)
             assert log(folder) == log("runs/whole")
             (folder / "result.json").unlink()
-            truncate(folder / "ckpt.pt"), truncate(folder / "ckpt.prev.pt")
-            status, out, err = call(train.main, *flags, f"--name=r{i}")
-            assert status == 0 and "starts over" in out
+            truncate(folder / "ckpt.pt")
+            truncate(folder / "ckpt.prev.pt")
+            assert "starts over" in trained(*flags, f"--name=r{i}")
             assert log(folder) == log("runs/whole") and same_tensors(weights(folder), weights("runs/whole"))
 
 
 def test_another_architecture_is_refused():
     with workplace() as (folder, base):
-        assert call(train.main, *base, "--steps=2", "--name=a")[0] == 0
-        refused(train.main, [*base, "--steps=2", "--name=a", "--memory=ttt", "--seed=5"], "memory (there none, now ttt)", "seed (there 1, now 5)")
+        flags = [*base, "--steps=2", "--name=a"]
+        trained(*flags)
+        refused(train.main, [*flags, "--memory=ttt", "--seed=5"], "memory (there none, now ttt)", "seed (there 1, now 5)")
         Path("runs/a/result.json").unlink()
-        refused(train.main, [*base, "--steps=2", "--name=a", "--n_embd=64"], "n_embd (there 32, now 64)")
-        assert call(train.main, *base, "--steps=2", "--name=a", "--eval_every=1", "--device_batch_size=1")[0] == 0  # these may change
+        refused(train.main, [*flags, "--n_embd=64"], "n_embd (there 32, now 64)")
+        trained(*flags, "--eval_every=1", "--device_batch_size=1")  # these may change
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint():
     with workplace() as (folder, base):
-        original = train.accumulate
-        calls = itertools.count(1)
-        train.accumulate = lambda *a: original(*a) * (math.nan if next(calls) == 4 else 1)
-        try:
+        with at_call(4, factor=math.nan):
             refused(train.main, [*base, "--steps=6", "--save_every=2", "--name=a"], "step 4", "step 2")
-        finally:
-            train.accumulate = original
         assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2 and not Path("runs/a/result.json").exists()
         assert all(w.isfinite().all() for w in weights("runs/a").values())
 
 
 def test_full_disk_is_one_line_and_leaves_the_checkpoint():
+    def untouched():
+        return torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2 and not list(Path("runs/a").glob("*.tmp"))
+
     with workplace() as (folder, base):
         flags = [*base, "--steps=6", "--save_every=2", "--name=a"]
+        original, calls = torch.save, itertools.count(1)
 
-        def full(*args):
-            raise OSError(28, "No space left on device")
+        def full_at_the_second(*args):
+            if next(calls) == 2:
+                raise OSError(28, "No space left on device")
+            original(*args)
 
-        original, calls = train.torch.save, itertools.count(1)
-        train.torch.save = lambda *a: full() if next(calls) == 2 else original(*a)
-        try:
+        with mock.patch.object(torch, "save", full_at_the_second):
             refused(train.main, flags, "No space left", "ckpt.pt")
-        finally:
-            train.torch.save = original
-        assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2
-        assert not list(Path("runs/a").glob("*.tmp"))
+        assert untouched()
         with limited_files(1000):  # the log's turn
             refused(train.main, [*base, "--steps=90", "--name=b"], "cannot write", "log.jsonl")
-        # a real one, half-way through the file: a limit on the size of files
         for limit in (2_000, 100_000, 900_000):  # what torch raises depends on where in the file it happens
             with limited_files(limit):
                 refused(train.main, [*base, "--steps=2", "--n_embd=128", f"--name=c{limit}"], "cannot write", "ckpt.pt")
             assert not list(Path(f"runs/c{limit}").glob("*.pt*"))
-        assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 2
-        assert not list(Path("runs/a").glob("*.tmp"))
-        assert call(train.main, *flags)[0] == 0 and len(log("runs/a")) == 6
+        assert untouched()
+        assert trained(*flags) and len(log("runs/a")) == 6
 
 
 # ---------------------------------------------------------------- results
@@ -1954,51 +1948,53 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint():
 def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
     with workplace() as (folder, base):
         flags = [*base, "--steps=2", "--memory=none,persistent", "--seed=1,2"]
-        original, calls = train.accumulate, itertools.count(1)
-        train.accumulate = lambda *a: original(*a) * (math.nan if next(calls) == 3 else 1)  # first step of none, seed 2
-        try:
-            status, out, err = call(train.main, *flags)
-        finally:
-            train.accumulate = original
-        assert status == 2 and err.count("\n") == 1 and "1 of 4" in err and "-none-" in err and "-s2" in err, err
+        with at_call(3, factor=math.nan):  # the first step of none, seed 2
+            refused(train.main, flags, "1 of 4", "-none-", "-s2")
         assert len(list(Path("runs").glob("*/result.json"))) == 3
-        status, out, err = call(train.main, *flags)
-        assert status == 0 and out.count("skipped") == 3, out
-        head, *rows = out[out.rindex("\nmemory  ") + 1:].splitlines()
-        for column in ("memory", "window", "val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s",
-                       "minutes", "MiB"):
+        out = trained(*flags)
+        assert "3 of 4 runs are finished already" in out
+        table = out[out.rindex("| condition"):]
+        head, _, *rows = table.strip().splitlines()
+        for column in ("val bpb", "std", "seeds", "parameters", "FLOPs/token", "state bytes", "tokens/s", "minutes", "MiB"):
             assert column in head, head
-        assert len(rows) == 2 and all(" 2 " in row for row in rows)
+        assert len(rows) == 2 and all("|     2 |" in row for row in rows), table
         bpb = [json.loads(p.read_text())["val_bpb"] for p in Path("runs").glob("*-none-*/result.json")]
-        assert f"{sum(bpb) / 2:.4f}" in next(r for r in rows if r.startswith("none"))
+        assert f"{sum(bpb) / 2:.4f}" in next(r for r in rows if "local" in r)
 
 
 def test_result_has_everything_and_the_files_are_there():
     with workplace() as (folder, base):
-        status, out, err = call(train.main, *base, "--steps=3", "--name=a", "--memory=persistent")
-        assert status == 0, err
+        flags = [*base, "--steps=3", "--name=a", "--memory=persistent", "--tokenizer=bpe:300"]
+        out = trained(*flags)
         r = json.loads(Path("runs/a/result.json").read_text())
         for key in ("memory window preset seed max_seq_len config dataset data_sha256 val_bpb val_loss train_tokens total_params "
                     "memory_params flops_per_token state_bytes total_time_min tokens_per_second peak_vram_mib device versions "
-                    "bpb_by_position").split():
+                    "bpb_by_position seconds cpu_seconds").split():
             assert key in r, key
-        model, cfg, checkpoint = train.load_run("runs/a")
-        assert r["total_params"] == sum(p.numel() for p in model.parameters())
-        none = GPT(train.model_config(train.replace(cfg, memory="none")))
+        net, cfg, checkpoint = train.load_run("runs/a")
+        assert r["total_params"] == sum(p.numel() for p in net.parameters())
+        none = GPT(replace(cfg, memory="none").architecture())
         assert r["memory_params"] == r["total_params"] - sum(p.numel() for p in none.parameters()) > 0
         assert r["train_tokens"] == 3 * 4 * 64 and r["state_bytes"] > 0 and r["tokens_per_second"] > 0 and r["peak_rss_mib"] > 50
-        assert r["config"]["vocab_size"] == 257 and len(r["data_sha256"]) == 64 and r["curve"][-1]["val_bpb"] == r["val_bpb"]
+        assert r["config"]["vocab_size"] == 300 and len(r["data_sha256"]) == 64 and r["curve"][-1]["val_bpb"] == r["val_bpb"]
         for name in ("log.jsonl", "ckpt.pt", "loss.png"):
             assert Path("runs/a", name).stat().st_size > 0
         for word in ("bits per byte", "parameters", "FLOPs", "state", "tokens/s", "peak memory", "sample"):
             assert word in out, word
-        assert same_tensors(model.state_dict(), weights("runs/a")) and checkpoint["step"] == 3
-        Path("runs/a/result.json").unlink()  # killed between the last checkpoint and the result
-        assert call(train.main, *base, "--steps=3", "--name=a", "--memory=persistent")[0] == 0
-        again = json.loads(Path("runs/a/result.json").read_text())
-        assert all(again[k] == r[k] for k in r if not k.startswith("peak")), (again, r)
+        assert same_tensors(net.state_dict(), weights("runs/a")) and checkpoint["step"] == 3
+
+        # the log's bits per byte are those of the batch's bytes, not of its tokens
         corpus = train.load_corpus(cfg.dataset, cfg.tokenizer)
-        assert train.evaluate_bpb(model, corpus, cfg)["val_bpb"] == r["val_bpb"]
+        _, y = corpus.batch(0, 4, 64, 1)
+        first = log("runs/a")[0]
+        assert math.isclose(first["bpb"], first["loss"] * y.numel() / math.log(2) / corpus.token_bytes[y].sum().item(), rel_tol=1e-6)
+
+        Path("runs/a/result.json").unlink()  # killed between the last checkpoint and the result
+        trained(*flags)
+        again = json.loads(Path("runs/a/result.json").read_text())
+        clocks = ("peak_rss_mib", "peak_vram_mib", "seconds", "cpu_seconds")
+        assert all(again[k] == r[k] for k in r if k not in clocks), (again, r)
+        assert train.evaluate_bpb(net, corpus, cfg)["val_bpb"] == r["val_bpb"]
 
 
 def test_bpb_by_position_recombines_to_the_total():
@@ -2014,7 +2010,7 @@ def test_bpb_by_position_recombines_to_the_total():
 
     cfg = tiny(max_seq_len=100, vocab_size=16)
     torch.manual_seed(0)
-    model = GPT(train.model_config(cfg)).eval()
+    model = GPT(cfg.architecture()).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
