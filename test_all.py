@@ -1763,7 +1763,7 @@ def test_dropout_draws_differ_by_step_and_rank_and_evaluation_has_none():
 
     modes = []
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        cfg = tiny(steps=4, eval_every=2)
+        cfg = tiny(steps=4, eval_every=2, optimizer="adamw")
         net = Line()
         net.register_forward_pre_hook(lambda module, given: modes.append(module.training))
         train.fit(net, line_batch, cfg, Path(folder), evaluate=lambda: modes.append(net.training) or {})
