@@ -223,9 +223,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             loss, stop = all_reduce([loss.item() / world(), bool(caught)], device).tolist()
             norm = norm.item()
             step += 1
-            if not math.isfinite(loss + norm):
-                last = f" (the last good checkpoint in {out} is of step {saved})" if saved else ""
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr{last}")
+            check_finite(step, loss, norm, out, saved)
 
             # Record the step, and measure now and then.
             record = dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm,
@@ -240,7 +238,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
                 log.write(json.dumps(record).encode() + b"\n")
             progress.show(history, tokens_of(batch))
 
-            # Save, and stop if told to.
+            # Save now and then, and stop if told to.
             if out and (stop or is_due(step, cfg.steps, cfg.save_every)):
                 if rank() == 0:
                     save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
@@ -249,6 +247,14 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
                 number = signal.Signals(caught[0] if caught else signal.SIGTERM)
                 raise Stopped(number, f"stopped by {number.name} after step {step}; the checkpoint is in {out}")
     return history
+
+
+def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: int) -> None:
+    """Raises Diverged if loss or gradient norm is not a number; saved: the step of the last checkpoint in `out`."""
+    if math.isfinite(loss + norm):
+        return
+    last = f" (the last good checkpoint in {out} is of step {saved})" if saved else ""
+    raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr{last}")
 
 
 def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
