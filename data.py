@@ -188,6 +188,13 @@ def add_file(digest, path: Path, offset: int = 0) -> None:
             digest.update(block)
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    add_file(digest, path)
+    return digest.hexdigest()
+
+
 def cache_path(cache: Path, name: str, ending: str) -> Path:
     """The place in the cache for something made from the corpus `name`."""
     return cache / (re.sub(r"[^\w.-]+", "_", name) + ending)
@@ -288,7 +295,6 @@ def download(url: str, path: str | Path, sha256: str | None = None, quiet: bool 
     The bytes are collected in path.part. If an attempt breaks off, the next one goes on where it ended, be it in this
     run or in a later one. The file must have the hash `sha256`, or else the hash that the server tells, if any.
     """
-    # what is there under its own name is complete
     path = Path(path)
     if path.exists():
         return path
@@ -315,9 +321,7 @@ def download(url: str, path: str | Path, sha256: str | None = None, quiet: bool 
             continue
 
         # the file is complete; is it the right one?
-        digest = hashlib.sha256()
-        add_file(digest, part)
-        found = digest.hexdigest()
+        found = file_sha256(part)
         expected = sha256 or told
         if expected is None or expected == found:
             part.replace(path)
