@@ -937,7 +937,7 @@ def load_text(path, tokenizer="byte"):
 
 
 @contextlib.contextmanager
-def small(tokenizer="byte"):
+def small_corpus(tokenizer="byte"):
     """-> (path, the corpus of 60 stories in path/text, its cache being path/cache)"""
     with folder() as path:
         put(path / "text", **{f"f{i}_txt": story(i, 20 + 37 * i) for i in range(60)})
@@ -1261,7 +1261,7 @@ def test_tokenizers_round_trip_and_bytes_add_up():
     except data.UserError:                                              # offline
         del sizes["gpt2"]
     for name, size in sizes.items():
-        with small(name) as (_, corpus):
+        with small_corpus(name) as (_, corpus):
             enc = corpus.encoding
         assert corpus.vocab_size == enc.n_vocab == len(corpus.token_bytes) == size
         assert corpus.eos == size - 1 and corpus.token_bytes[-1] == 0 and corpus.token_bytes.dtype == torch.int64
@@ -1308,7 +1308,7 @@ def test_bpe_is_trained_on_training_text_and_of_another_corpus():
 def test_a_damaged_cache_is_made_again():
     for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"), ("*/meta.json", lambda b: b[:9]),
                             ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
-        with small("bpe:280") as (path, first):
+        with small_corpus("bpe:280") as (path, first):
             (target,) = (path / "cache").glob(pattern)
             target.write_bytes(damage(target.read_bytes()))
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -1318,7 +1318,7 @@ def test_a_damaged_cache_is_made_again():
 
 
 def test_the_cache_is_used_and_follows_the_files():
-    with small() as (path, first):
+    with small_corpus() as (path, first):
         with patched(tokenize=None):                                    # a call would fail
             assert load_text(path).sha256 == first.sha256
         put(path / "text", f3_txt="changed " * 20)
@@ -1345,7 +1345,7 @@ def test_two_processes_prepare_the_same_data_at_once():
             "def slow(*a): print('tokenized'); import time; time.sleep(0.5); return old(*a)\n"
             "data.tokenize = slow\n"
             "print(data.load(sys.argv[2], 'bpe:280', sys.argv[3], quiet=True).sha256)")
-    with small() as (path, _):
+    with small_corpus() as (path, _):
         command = [sys.executable, "-c", code, os.path.dirname(data.__file__), path / "text", path / "new"]
         both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         lines = [process.communicate()[0].split() for process in both]
@@ -1387,7 +1387,7 @@ def check_rows(corpus, split, seq_len, stream=None):
 
 def test_rows_keep_their_promises():
     for tokenizer in ("byte", "bpe:300"):
-        with small(tokenizer) as (_, corpus):
+        with small_corpus(tokenizer) as (_, corpus):
             for seq_len in (2, 7, 64, 1000):
                 check_rows(corpus, "train", seq_len)
             check_rows(corpus, "val", 30)
@@ -1411,7 +1411,7 @@ def test_packing_prefers_whole_documents():
 
 
 def test_doc_pos_counts_the_tokens_before_the_target():
-    with small() as (_, corpus):
+    with small_corpus() as (_, corpus):
         for x, y, doc_pos in corpus.eval_batches(50, 4):
             assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape
             assert (x[:, 1:] == y[:, :-1]).all()
@@ -1424,7 +1424,7 @@ def test_doc_pos_counts_the_tokens_before_the_target():
 
 
 def test_eval_rows_are_the_same_for_everyone():
-    with small() as (path, corpus):
+    with small_corpus() as (path, corpus):
         other = load_text(path)
         first = [[t.clone() for t in batch] for batch in corpus.eval_batches(32, 4)]
         other.batch(3, 4, 32, seed=9)
@@ -1437,7 +1437,7 @@ def test_eval_rows_are_the_same_for_everyone():
 
 
 def test_batches_are_pure_seeded_and_shared_by_the_ranks():
-    with small() as (path, corpus):
+    with small_corpus() as (path, corpus):
         fresh = load_text(path)
     wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(60)]
     for step in (59, 0, 31, 31, 7):                                     # in any order, from a new process' view
@@ -1452,7 +1452,7 @@ def test_batches_are_pure_seeded_and_shared_by_the_ranks():
 
 
 def test_every_epoch_is_every_row_once_in_another_order():
-    with small() as (_, corpus):
+    with small_corpus() as (_, corpus):
         n, rows = corpus.n_rows(40), 7
         assert n % rows                                                 # so that batches lie across epochs
         batches = [corpus.batch(step, rows, 40, seed=1) for step in range(2 * n // rows + 1)]
