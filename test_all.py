@@ -899,41 +899,30 @@ def test_kernels_build(arch, name):
 @contextlib.contextmanager
 def folder():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as path:
-        yield path
+        yield Path(path)
 
 
 @contextlib.contextmanager
 def patched(**values):
+    """data.py with other values of some of its names"""
     old = {name: getattr(data, name) for name in values}
-    for name, value in values.items():
-        setattr(data, name, value)
+    vars(data).update(values)
     try:
         yield
     finally:
-        for name, value in old.items():
-            setattr(data, name, value)
+        vars(data).update(old)
 
 
 def fails(function, *words):
-    """The one line of the UserError that function() raises, which has to hold all of the words."""
-    try:
-        function()
-    except data.UserError as error:
-        line = str(error)
-        assert "\n" not in line
-        for word in words:
-            assert str(word) in line, f"{word!r} is not in {line!r}"
-        return line
-    raise AssertionError("no UserError was raised")
+    raises(data.UserError, function, *map(str, words))
 
 
 def put(root, **files):
     """Writes files; the name a__b_txt is the path a/b.txt."""
     for name, content in files.items():
-        path = os.path.join(root, name.replace("__", "/").replace("_", "."))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+        path = Path(root, name.replace("__", "/").replace("_", "."))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return root
 
 
@@ -944,20 +933,25 @@ def story(seed, n):
     return " ".join(words[i] for i in rng.integers(0, len(words), n // 4 + 1))[:n]
 
 
-def small_folder(root, n=60):
-    return put(root, **{f"f{i}_txt": story(i, 20 + 37 * i) for i in range(n)})
-
-
-def load_small(path, tokenizer="byte", **kw):
-    return data.load(os.path.join(path, "text"), tokenizer, os.path.join(path, "cache"), quiet=True, **kw)
+def load_text(path, tokenizer="byte"):
+    return data.load(str(path / "text"), tokenizer, path / "cache", quiet=True)
 
 
 @contextlib.contextmanager
-def gpt2_at_hand():
-    try:
-        yield data.get_encoding("gpt2")
-    except data.UserError as error:
-        raise unittest.SkipTest(str(error))
+def small_corpus(tokenizer="byte"):
+    """-> (path, the corpus of 60 stories in path/text, its cache being path/cache)"""
+    with folder() as path:
+        put(path / "text", **{f"f{i}_txt": story(i, 20 + 37 * i) for i in range(60)})
+        yield path, load_text(path, tokenizer)
+
+
+def decoded(corpus, split):
+    """The text of a split, <|endoftext|> before each document"""
+    return corpus.encoding.decode(np.concatenate(corpus.parts[split]).tolist())
+
+
+def count_documents(corpus):
+    return [corpus.documents[split].shape[1] for split in ("train", "val")]
 
 
 @contextlib.contextmanager
@@ -1009,215 +1003,205 @@ def server(files, drop=(), etag=None, ranges=True, redirect=False):
         httpd.server_close()
 
 
+# ----------------------------------------------------------------------------------------------------- download
+
+BODY = np.random.default_rng(0).bytes(300_000)
+BODY_SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def test_download_completes_and_resumes():
+    cases = [(None, dict(drop=(100_000, 50_000)), [None, "bytes=100000-", "bytes=150000-"]),  # the connection drops
+             (BODY[:1234], dict(etag=BODY_SHA256), ["bytes=1234-"]),            # the part of an earlier run
+             (b"x" * 1000, dict(ranges=False), ["bytes=1000-"]),                # the server sends all of it
+             (b"x" * 1000, dict(etag=BODY_SHA256), ["bytes=1000-", None]),      # the part is of another file
+             (b"x" * 400_000, dict(), ["bytes=400000-", None])]                 # 416: it is longer than the file
+    for part, options, ranges in cases:
+        with folder() as path, server({"a.bin": BODY}, **options) as (url, log):
+            if part:
+                put(path, sub__a_bin_part=part)
+            data.download(url + "a.bin", path / "sub/a.bin", quiet=True)
+            assert (path / "sub/a.bin").read_bytes() == BODY and log == ranges, log
+            assert os.listdir(path / "sub") == ["a.bin"]
+
+
+def test_download_refuses_a_wrong_hash_and_leaves_nothing():
+    wrong = "0" * 64
+    for options, sha256 in ((dict(etag=wrong), None), (dict(etag=wrong, redirect=True), None), (dict(), wrong)):
+        with folder() as path, server({"a.bin": BODY}, **options) as (url, _):
+            fails(lambda: data.download(url + "a.bin", path / "a.bin", sha256, quiet=True), "a.bin", wrong, BODY_SHA256)
+            assert os.listdir(path) == []
+
+
+def test_download_that_cannot_succeed_says_so():
+    with folder() as path:
+        with server({"a.bin": BODY}, drop=[10] * 50) as (url, log):
+            fails(lambda: data.download(url + "a.bin", path / "a.bin", quiet=True), "a.bin", "run again", path)
+            assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
+        with server({}) as (url, log):
+            fails(lambda: data.download(url + "b.bin", path / "b.bin", quiet=True), "404")
+            assert len(log) == 1                                        # that is not tried again
+        with patched(RETRY_SECONDS=0.001):                              # the server is gone
+            fails(lambda: data.download(url + "b.bin", path / "b.bin", quiet=True), "b.bin", "refused")
+
+
+# ----------------------------------------------------------------------------------------------------- fineweb-edu
+
+def gpt2_sized():
+    """An Encoding of GPT-2's size and name, which needs no download: the bytes, and pairs of bytes."""
+    tokens = [bytes([i]) for i in range(256)] + [bytes([i % 256, i // 256]) for i in range(50_000)]
+    return data.tiktoken.Encoding("gpt2", pat_str=data.WORDS, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                                  special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
+
+
 def shard(tokens, count=None):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens) if count is None else count
     return header.tobytes() + np.array(tokens, "<u2").tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------- download
-
-BODY = np.random.default_rng(0).bytes(300_000)
-
-
-def test_download_resumes_after_a_dropped_connection():
-    with folder() as path, server({"a.bin": BODY}, drop=(100_000, 50_000)) as (url, log):
-        data.download(url + "a.bin", path + "/sub/a.bin", quiet=True)
-        with open(path + "/sub/a.bin", "rb") as file:
-            assert file.read() == BODY
-        assert log == [None, "bytes=100000-", "bytes=150000-"], log
-        assert os.listdir(path + "/sub") == ["a.bin"]
+@contextlib.contextmanager
+def fineweb(*shards):
+    """fineweb-edu from a server: the validation shard and then the training shards. Yields a folder."""
+    names = ["val_000000", *(f"train_{i:06d}" for i in range(1, len(shards)))]
+    files = {f"edu_fineweb_{name}.bin": body for name, body in zip(names, shards)}
+    with folder() as path, server(files) as (url, _), patched(HUB=url, gpt2_encoding=functools.cache(gpt2_sized)):
+        yield path
 
 
-def test_download_goes_on_from_a_part_of_an_earlier_run():
-    with folder() as path, server({"a.bin": BODY}, etag=hashlib.sha256(BODY).hexdigest()) as (url, log):
-        put(path, a_bin_part=BODY[:1234])
-        data.download(url + "a.bin", path + "/a.bin", quiet=True)
-        assert log == ["bytes=1234-"]
-        assert os.path.getsize(path + "/a.bin") == len(BODY)
-
-
-def test_download_starts_over_where_ranges_are_ignored_or_the_part_is_of_another_file():
-    for options in (dict(ranges=False), dict(etag=hashlib.sha256(BODY).hexdigest())):
-        with folder() as path, server({"a.bin": BODY}, **options) as (url, _):
-            put(path, a_bin_part=b"x" * 1000)
-            data.download(url + "a.bin", path + "/a.bin", quiet=True)
-            with open(path + "/a.bin", "rb") as file:
-                assert file.read() == BODY
-    with folder() as path, server({"a.bin": BODY}) as (url, _):         # 416: the part is longer than the file
-        put(path, a_bin_part=b"x" * 400_000)
-        data.download(url + "a.bin", path + "/a.bin", quiet=True)
-        assert os.path.getsize(path + "/a.bin") == len(BODY)
-
-
-def test_download_refuses_a_wrong_hash_and_leaves_nothing():
-    for redirect in (False, True):
-        with folder() as path, server({"a.bin": BODY}, etag="0" * 64, redirect=redirect) as (url, _):
-            fails(lambda: data.download(url + "a.bin", path + "/a.bin", quiet=True), "a.bin", "0" * 64,
-                  hashlib.sha256(BODY).hexdigest())
-            assert os.listdir(path) == []
-    with folder() as path, server({"a.bin": BODY}) as (url, _):
-        fails(lambda: data.download(url + "a.bin", path + "/a.bin", "1" * 64, quiet=True), "1" * 64)
-        assert os.listdir(path) == []
-
-
-def test_download_that_never_completes_keeps_the_part_and_says_so():
-    with folder() as path, server({"a.bin": BODY}, drop=[10] * 50) as (url, log):
-        fails(lambda: data.download(url + "a.bin", path + "/a.bin", quiet=True), "a.bin", "run again", path)
-        assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
-
-
-def test_download_offline_and_not_found():
-    with folder() as path:
-        with server({}) as (url, log):
-            fails(lambda: data.download(url + "b.bin", path + "/b.bin", quiet=True), "404")
-            assert len(log) == 1                                        # that is not tried again
-        with patched(RETRY_SECONDS=0.001):                              # the server is gone
-            fails(lambda: data.download(url + "b.bin", path + "/b.bin", quiet=True), "b.bin", "refused")
-
-
-# ----------------------------------------------------------------------------------------------------- fineweb-edu
-
-def fineweb_files(gpt2, stories=300):
-    eos, docs = gpt2.eot_token, [gpt2.encode_ordinary(story(i, 30 + 11 * i)) for i in range(stories)]
-    stream = [t for doc in docs for t in [eos] + doc]
+def test_fineweb_shards():
+    gpt2 = gpt2_sized()
+    stream = []
+    for i in range(150):
+        stream += [50256] + gpt2.encode_ordinary(story(i, 30 + 11 * i))
     third = len(stream) // 3                                            # shards cut documents in two
-    return {"edu_fineweb_val_000000.bin": shard(stream[:third]), "edu_fineweb_train_000001.bin": shard(stream[third:-third]),
-            "edu_fineweb_train_000002.bin": shard(stream[-third:])}, stream, third
-
-
-def test_fineweb_shards_are_read_where_they_lie():
-    with gpt2_at_hand() as gpt2, folder() as path:
-        files, stream, third = fineweb_files(gpt2)
-        with server(files) as (url, _), patched(HUB=url):
-            corpus = data.load("fineweb-edu:2", "gpt2", path, quiet=True)
-        train, val = stream[third:], stream[:third]
+    val, train = stream[:third], stream[third:]
+    with fineweb(shard(val), shard(train[:third]), shard(train[third:])) as path:
+        corpus = data.load("fineweb-edu:2", "gpt2", path, quiet=True)   # read where they lie
         assert corpus.sha256 == hashlib.sha256(np.array(train + val, "<u2").tobytes()).hexdigest()
         assert corpus.vocab_size == 50257 and corpus.eos == 50256
-        kept = [np.concatenate(corpus.parts[s]).tolist() for s in ("train", "val")]
-        assert kept == [train, val]
-        check_rows(corpus, "train", 64, train)
-        check_rows(corpus, "val", 64, val)
-        assert not [f for _, _, names in os.walk(path) for f in names if f == "train.bin"]      # no second copy
-
-
-def test_fineweb_with_another_tokenizer_is_the_same_text():
-    with gpt2_at_hand() as gpt2, folder() as path:
-        files, stream, third = fineweb_files(gpt2, 60)
-        with server(files) as (url, _), patched(HUB=url):
-            corpus = data.load("fineweb-edu:2", "byte", path, quiet=True)
-        text = gpt2.decode_bytes([t for t in stream[third:] if t != gpt2.eot_token])
-        tokens = np.concatenate(corpus.parts["train"])
-        assert bytes(tokens[tokens < 256].astype(np.uint8)).decode() == text.decode()
+        for split, tokens in dict(train=train, val=val).items():
+            assert np.concatenate(corpus.parts[split]).tolist() == tokens
+            check_rows(corpus, split, 64, tokens)
+        assert not list(path.rglob("train.bin"))                        # no second copy
+        corpus = data.load("fineweb-edu:2", "byte", path, quiet=True)   # with another tokenizer it is the same text
+        text = gpt2.decode_bytes([t for t in train if t != 50256]).decode()
+        assert decoded(corpus, "train").replace("<|endoftext|>", "") == text
+    # a document that ends with its shard, and one that begins the next
+    with fineweb(shard(val), shard([50256, 1, 2, 3, 50256, 4]), shard([5, 6, 50256, 7, 8])) as path:
+        corpus = data.load("fineweb-edu:2", "gpt2", path, quiet=True)
+        check_rows(corpus, "train", 2)
+        assert corpus.read("train", 6, 2).tolist() == [5, 6] and corpus.read("train", 5, 1).tolist() == [4]
 
 
 def test_a_bad_shard_is_named():
-    with gpt2_at_hand():
-        good = shard(range(5000))
-        for bad, words in ((shard(range(3000), count=5000), (5000, 3000)), (shard(range(10))[:1000], ("20240520",)),
-                           (b"\1" + shard(range(10))[1:], ("20240520",))):
-            files = {"edu_fineweb_val_000000.bin": good, "edu_fineweb_train_000001.bin": bad}
-            with server(files) as (url, _), patched(HUB=url), folder() as path:
-                fails(lambda: data.load("fineweb-edu:1", "gpt2", path, quiet=True), "edu_fineweb_train_000001.bin",
-                      *words)
+    for bad, words in ((shard(range(3000), count=5000), ("5000", "3000")), (shard(range(10))[:1000], ("20240520", "1000 bytes")),
+                       (b"\1" + shard(range(10))[1:], ("20240520",))):
+        with fineweb(shard(range(5000)), bad) as path:
+            fails(lambda: data.load("fineweb-edu:1", "gpt2", path, quiet=True), "edu_fineweb_train_000001.bin", *words)
 
 
 # ----------------------------------------------------------------------------------------------------- other corpora
 
-def test_tinystories_and_shakespeare_from_a_server():
+def test_tinystories_shakespeare_and_simplewiki_from_a_server():
+    from unittest import mock
     stories = [story(i, 200) for i in range(30)]
     files = {"TinyStoriesV2-GPT4-train.txt": "\n<|endoftext|>\n".join(stories).encode(),
-             "TinyStoriesV2-GPT4-valid.txt": "\n<|endoftext|>\n".join(stories[:5]).encode() + b"\n<|endoftext|>\n"}
+             "TinyStoriesV2-GPT4-valid.txt": "\n<|endoftext|>\n".join(stories[:5]).encode() + b"\n<|endoftext|>\n",
+             "train-00000-of-00001.parquet": b"PAR1"}
     with folder() as path, server(files) as (url, _), patched(HUB=url):
-        corpus = data.load("tinystories", "byte", path, quiet=True)
-        assert [corpus.documents[s].shape[1] for s in ("train", "val")] == [30, 5]
-    play = "".join(f"SPEAKER {i}:\nSay {i * i}.\n\n" for i in range(400)).encode()
-    with folder() as path, server({"input.txt": play}) as (url, _):
-        with patched(SHAKESPEARE=url + "input.txt"):
-            fails(lambda: data.load("shakespeare", "byte", path, quiet=True), data.SHAKESPEARE_SHA256)
-            with patched(SHAKESPEARE_SHA256=hashlib.sha256(play).hexdigest()):
-                corpus = data.load("shakespeare", "byte", path, quiet=True)
-        tokens = [corpus.parts[s][0][1:].astype(np.uint8).tobytes() for s in ("train", "val")]
-        assert b"".join(tokens) == play                                 # the lone document is cut, at a line's end
-        assert tokens[0].endswith(b"\n") and 0.04 < len(tokens[1]) / len(play) < 0.06
-
-
-def test_simplewiki_needs_pyarrow_and_says_so():
-    with folder() as path, server({"train-00000-of-00001.parquet": b"PAR1"}) as (url, _), patched(HUB=url):
-        old = sys.modules.get("pyarrow", ...)
-        sys.modules["pyarrow"] = None                                   # makes the import fail
-        try:
+        assert count_documents(data.load("tinystories", "byte", path, quiet=True)) == [30, 5]
+        with mock.patch.dict(sys.modules, pyarrow=None):                # makes the import fail
             fails(lambda: data.load("simplewiki", "byte", path, quiet=True), "pip install pyarrow")
-        finally:
-            del sys.modules["pyarrow"]
-            if old is not ...:
-                sys.modules["pyarrow"] = old
+    play = "".join(f"SPEAKER {i}:\nSay {i * i}.\n\n" for i in range(400))
+    with folder() as path, server({"input.txt": play.encode()}) as (url, _), patched(SHAKESPEARE=url + "input.txt"):
+        fails(lambda: data.load("shakespeare", "byte", path, quiet=True), data.SHAKESPEARE_SHA256)
+        with patched(SHAKESPEARE_SHA256=hashlib.sha256(play.encode()).hexdigest()):
+            corpus = data.load("shakespeare", "byte", path, quiet=True)
+    train, val = (decoded(corpus, split).removeprefix("<|endoftext|>") for split in ("train", "val"))
+    assert train + val == play and train.endswith("\n")                 # the lone document is cut, at a line's end
+    assert 0.04 < len(val) / len(play) < 0.06
 
 
 def test_python_corpus_takes_py_files_only_and_splits_by_file():
     with folder() as path:
-        put(path + "/lib", a_py="import os\n" * 50, a_pyc=b"\0\1", sub__b_py="x = 1\n" * 90, sub__empty_py="")
-        os.makedirs(path + "/lib/__pycache__"), os.makedirs(path + "/lib/site-packages")
-        put(path + "/lib/__pycache__", c_py="cached"), put(path + "/lib/site-packages", d_py="other")
-        put(path + "/pkg", z_py="y = 2\n" * 30)
-        roots = lambda: [("stdlib/", path + "/lib"), ("pkg/", path + "/pkg")]
-        with patched(python_roots=roots):
-            text = data.find_text("python", path)
-            assert [key for key, *_ in text.files] == ["pkg/z.py", "stdlib/a.py", "stdlib/sub/b.py"]
-            corpus = data.load("python", "byte", path + "/cache", quiet=True)
-        assert corpus.documents["train"].shape[1] == 2 and corpus.documents["val"].shape[1] == 1
+        put(path / "lib", a_py="import os\n" * 50, a_pyc=b"\0\1", sub__b_py="x = 1\n" * 90, sub__empty_py="",
+            pydoc_data="no file of source code")
+        os.rename(path / "lib/pydoc.data", path / "lib/_sysconfigdata_x.py")
+        for left_out in ("__pycache__", "site-packages", ".hidden", "pydoc_data"):
+            put(path / "lib" / left_out, topics_py="left out")
+        put(path / "pkg", z_py="y = 2\n" * 30)
+        with patched(python_roots=lambda: [("stdlib/", path / "lib"), ("pkg/", path / "pkg")]):
+            files = data.find_text("python", path).files
+            assert [file.key for file in files] == ["pkg/z.py", "stdlib/a.py", "stdlib/sub/b.py"]
+            assert count_documents(data.load("python", "byte", path / "cache", quiet=True)) == [2, 1]
     roots = dict(data.python_roots())
-    assert os.path.exists(os.path.join(roots["stdlib/"], "os.py")) and os.path.exists(roots["numpy/"] + "/__init__.py")
+    assert (roots["stdlib/"] / "os.py").exists() and (roots["numpy/"] / "__init__.py").exists()
+
+
+def test_python_docs_are_the_topics_and_no_part_of_python():
+    from pydoc_data.topics import topics
+    with folder() as path:
+        corpus = data.load("python-docs", "byte", path / "a", quiet=True)
+        assert corpus.sha256 == data.load("python-docs", "byte", path / "b", quiet=True).sha256
+    texts = [text for split in ("train", "val") for text in decoded(corpus, split).split("<|endoftext|>")[1:]]
+    assert sorted(texts) == sorted(topics.values()) and len(texts) == len(topics) > 60
+    sizes = [int(corpus.token_bytes[np.concatenate(corpus.parts[s]).astype(int)].sum()) for s in ("train", "val")]
+    assert sum(sizes) == sum(len(text.encode()) for text in topics.values()) > 300_000
+    assert min(sizes) > 131_072 and corpus.n_rows(512, "val") > 256   # what an evaluation reads by default
+    check_rows(corpus, "val", 512)
+    # the split depends on a topic's name, not on which other topics there are
+    some = [data.Text("python-docs", data.python_docs_text().files[at:], 0.5, data.read_topic) for at in (0, 7)]
+    every, rest = ({d.key: bool(v) for d, v in zip(text.documents(), text.survey.is_val)} for text in some)
+    assert len(rest) == len(every) - 7 and rest.items() <= every.items()
+    keys = [file.key for file in data.find_text("python", Path("none")).files]
+    assert "stdlib/pydoc.py" in keys and not any("topics" in key and "pydoc" in key for key in keys)
 
 
 def test_jsonl_and_named_splits_and_babistories():
     docs = [story(i, 300) for i in range(40)]
     with folder() as path:
-        put(path + "/text", a_jsonl="\n".join(json.dumps({"text": d}) for d in docs[:20]) + "\n",
+        put(path / "text", a_jsonl="\n".join(json.dumps({"text": d}) for d in docs[:20]) + "\n",
             b_jsonl="\n".join(json.dumps({"story": d}) for d in docs[20:]) + "\n\n")
-        corpus = load_small(path)
-        both = [corpus.encoding.decode(p[0].tolist()).split("<|endoftext|>")[1:] for p in corpus.parts.values()]
-        assert sorted(both[0] + both[1]) == sorted(docs)
-        bad = put(path + "/bad", c_jsonl='{"text": "fine"}\n{"txt": 1}\n')
-        fails(lambda: data.load(bad + "/c.jsonl", "byte", path + "/cache"), "line 2", "c.jsonl", "txt")
-    with folder() as path:
-        put(path + "/text", traindataset_txt="\n".join(map(json.dumps, docs[:30])),
-            valdataset_txt="\n".join(map(json.dumps, docs[30:])))
-        corpus = load_small(path)
-        assert [corpus.documents[s].shape[1] for s in ("train", "val")] == [30, 10]
+        corpus = load_text(path)
+        assert sorted((decoded(corpus, "train") + decoded(corpus, "val")).split("<|endoftext|>")[1:]) == sorted(docs)
+        bad = put(path / "bad", c_jsonl='{"text": "fine"}\n{"txt": 1}\n')
+        fails(lambda: data.load(str(bad / "c.jsonl"), "byte", path / "cache"), "line 2", "c.jsonl", "txt")
+    for names in (("traindataset_txt", "valdataset_txt"), ("train1_jsonl", "stories-validation_jsonl")):
+        with folder() as path:
+            lines = ["\n".join(map(json.dumps, part)) for part in (docs[:30], docs[30:])]
+            put(path / "text", **dict(zip(names, lines)))
+            assert count_documents(load_text(path)) == [30, 10]
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
 
 def test_bad_datasets_and_tokenizers_are_one_line():
     with folder() as path:
-        cache = path + "/cache"
-        fails(lambda: data.load("pyhton", "byte", cache), "pyhton", "did you mean 'python'")
-        fails(lambda: data.load("fineweb-edu:many", "gpt2", cache), "fineweb-edu:N")
-        put(path, zero_txt=b"", blank_txt="\n \n"), os.makedirs(path + "/nothing")
-        fails(lambda: data.load(path + "/zero.txt", "byte", cache), "zero.txt", "empty")
-        fails(lambda: data.load(path + "/blank.txt", "byte", cache), "blank.txt", "no text")
-        fails(lambda: data.load(path + "/nothing", "byte", cache), "nothing", "no text")
-        put(path, short_txt=story(0, 900))
-        for name in ("word2vec", "bpe:12", "bpe:x", "bpe:4096@nowhere"):
-            fails(lambda: data.load(path + "/short.txt", name, cache), name.split("@")[-1])
-        fails(lambda: data.load(path + "/short.txt", "bpe:4096", cache, quiet=True), "too small", 4096)
-        corpus = data.load(path + "/short.txt", "byte", cache)
+        put(path, zero_txt=b"", blank_txt="\n \n", short_txt=story(0, 900)), os.makedirs(path / "nothing")
+        short = path / "short.txt"
+        for dataset, tokenizer, *words in (
+                ("pyhton", "byte", "pyhton", "did you mean python?"), ("fineweb-edu:many", "gpt2", "fineweb-edu:N"),
+                (path / "zero.txt", "byte", "zero.txt", "empty"), (path / "blank.txt", "byte", "blank.txt", "no text"),
+                (path / "nothing", "byte", "nothing", "no text"), (path / "nope.txt", "byte", "nope.txt"),
+                (short, "word2vec", "word2vec"), (short, "bpe:12", "bpe:12"), (short, "bpe:x", "bpe:x"),
+                (short, "bpe:4096@nowhere", "nowhere"), (short, "bpe:4096", "too small", "4096")):
+            refused(data.main, [f"--dataset={dataset}", f"--tokenizer={tokenizer}", f"--cache={path}/cache"], *words)
+        refused(data.main, [f"--dataset={short}", f"--cache={short}/cache"], "short.txt")
+        for argv, *words in ((["--datset=python"], "--datset=python", "did you mean --dataset?"),
+                             (["--dataset"], "--dataset", "expected"), (["python"], "python", "--help")):
+            refused(data.main, argv, *words)
+        corpus = data.load(str(short), "byte", path / "cache")
         fails(lambda: corpus.batch(0, 2, 2000, seed=1), "train", 2001)
         fails(lambda: next(corpus.eval_batches(512, 2)), "val", 513)
         fails(lambda: corpus.batch(0, 3, 16, seed=1, rank=0, world=2), "2 ranks")
-        fails(lambda: data.load(path + "/short.txt", "byte", path + "/short.txt/cache"), "short.txt")
 
 
 def test_the_command_line():
     with folder() as path:
         put(path, a_txt=story(0, 9000))
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            assert data.main([f"--dataset={path}/a.txt", f"--cache={path}/cache"]) is None
-            assert data.main([f"--dataset={path}/nope.txt", f"--cache={path}/cache"]) == 2
-        assert "sha256" in out.getvalue() and "bytes a token" in out.getvalue() and "<|endoftext|>" in out.getvalue()
-        assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
+        status, out, err = call(data.main, f"--dataset={path}/a.txt", f"--cache={path}/cache")
+        assert status == 0 and "sha256" in out and "bytes a token" in out and "<|endoftext|>" in out
+        assert call(data.main, "--help")[0] == 0
 
 
 def test_bytes_that_are_not_utf8_are_counted():
@@ -1225,14 +1209,13 @@ def test_bytes_that_are_not_utf8_are_counted():
     assert data.decode(b"ab\xff\xfe\xe4\xb8cd") == ("ab" + "\ufffd" * 4 + "cd", 4)
     with folder() as path:
         text = b"caf\xe9 au lait, na\xefve\n"                            # latin-1
-        put(path + "/text", a_txt=text * 30, b_txt="café\n".encode() * 30, c_txt=b"x" * 99)
+        put(path / "text", a_txt=text * 30, b_txt="café\n".encode() * 30, c_txt=b"x" * 99)
         for _ in range(2):                                              # from the text, and from the cache
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-                corpus = data.load(path + "/text", "byte", path + "/cache")
-            assert "60 bytes in 1 documents" in out.getvalue(), out.getvalue()
-        decoded = corpus.encoding.decode([int(t) for s in corpus.parts for t in corpus.parts[s][0]])
-        assert decoded.count("\ufffd") == 60 and decoded.count("é") == 30
+            _, out, _ = call(data.main, f"--dataset={path}/text", f"--cache={path}/cache")
+            assert "60 bytes in 1 documents" in out, out
+        corpus = load_text(path)
+        both = decoded(corpus, "train") + decoded(corpus, "val")
+        assert both.count("\ufffd") == 60 and both.count("é") == 30
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
@@ -1260,9 +1243,8 @@ def naive_bpe(words, n_tokens):
 
 
 def test_bpe_is_the_naive_bpe():
-    import re
-    for seed, text in enumerate((story(1, 6000), "aaaa aaa aaaaaaa baaaa aabaab ab" * 9 + story(2, 1500),
-                                 "日本語のテキスト、本日は日本 " * 5 + story(3, 2000))):
+    for text in (story(1, 6000), "aaaa aaa aaaaaaa baaaa aabaab ab" * 9 + story(2, 1500),
+                 "日本語のテキスト、本日は日本 " * 5 + story(3, 2000)):
         words = Counter(re.findall(data.WORDS, text))
         assert "".join(re.findall(data.WORDS, text)) == text
         expected = naive_bpe(words, 256 + 25)
@@ -1274,32 +1256,29 @@ def test_bpe_is_the_naive_bpe():
 def test_tokenizers_round_trip_and_bytes_add_up():
     samples = ["", "hello world", "naïve 日本語 \U0001f600\r\n\tx", "<|endoftext|> is text", "a\u200bb  \n\n  c_d __e 1234567 ½",
                story(5, 3000), "\ufffd\0\x1c", "a\t\t\tb \t \x0b\u3000\t"]
-    with folder() as path:
-        small_folder(path + "/text")
-        names = ["byte", "bpe:300"]
-        try:
-            data.get_encoding("gpt2")
-            names.append("gpt2")
-        except data.UserError:
-            pass
-        for name in names:
-            corpus = load_small(path, name)
-            enc, sizes = corpus.encoding, corpus.token_bytes
-            assert corpus.vocab_size == enc.n_vocab == len(sizes) == {"byte": 257, "bpe:300": 300, "gpt2": 50257}[name]
-            assert corpus.eos == enc.n_vocab - 1 and sizes[corpus.eos] == 0 and sizes.dtype == torch.int64
-            for text in samples:
-                tokens = data.encode(enc, text)
-                assert tokens.tolist() == enc.encode_ordinary(text), (name, text)
-                assert enc.decode(tokens.tolist()) == text and corpus.eos not in tokens
-                assert int(sizes[torch.tensor(tokens.tolist(), dtype=torch.int64)].sum()) == len(text.encode())
+    sizes = {"byte": 257, "bpe:300": 300, "gpt2": 50257}
+    try:
+        data.get_encoding("gpt2")
+    except data.UserError:                                              # offline
+        del sizes["gpt2"]
+    for name, size in sizes.items():
+        with small_corpus(name) as (_, corpus):
+            enc = corpus.encoding
+        assert corpus.vocab_size == enc.n_vocab == len(corpus.token_bytes) == size
+        assert corpus.eos == size - 1 and corpus.token_bytes[-1] == 0 and corpus.token_bytes.dtype == torch.int64
+        for text in samples:
+            tokens = data.encode(enc, text)
+            assert tokens.tolist() == enc.encode_ordinary(text), (name, text)
+            assert enc.decode(tokens.tolist()) == text and corpus.eos not in tokens
+            assert corpus.token_bytes[tokens.astype(int)].sum() == len(text.encode())
 
 
 def test_a_long_unbroken_run_does_not_hang():
     with folder() as path:
-        put(path + "/text", a_txt="ab" * 60_000 + "\n" * 60_000 + story(0, 20_000), b_txt=story(1, 5000), c_txt=story(2, 900))
-        corpus = load_small(path, "bpe:280")
-        decoded = "".join(corpus.encoding.decode([int(t) for t in corpus.parts[s][0]]) for s in corpus.parts)
-        assert decoded.count("ab" * 60_000 + "\n" * 60_000) == 1
+        put(path / "text", a_txt="ab" * 60_000 + "\n" * 60_000 + story(0, 20_000), b_txt=story(1, 5000), c_txt=story(2, 900))
+        corpus = load_text(path, "bpe:280")
+        both = decoded(corpus, "train") + decoded(corpus, "val")
+        assert both.count("ab" * 60_000 + "\n" * 60_000) == 1
 
     class Recorder:                                                     # what tiktoken gets to see at once
         n_vocab, longest = 280, 0
@@ -1316,72 +1295,49 @@ def test_a_long_unbroken_run_does_not_hang():
 
 def test_bpe_is_trained_on_training_text_and_of_another_corpus():
     with folder() as path:
-        put(path + "/text", train_txt="alpha beta gamma " * 200, val_txt="zebra " * 300)
-        put(path + "/other", a_txt="zebra " * 300, b_txt="zebra zoo " * 300)
-        with patched(find_text=lambda name, cache, quiet: data.path_text(os.path.join(path, name))):
-            mine, others = [data.load("text", f"bpe:262{s}", path + "/cache", quiet=True) for s in ("", "@other")]
-        spelled = lambda corpus: [corpus.encoding.decode_single_token_bytes(i) for i in range(256, 261)]
-        assert not any(b"z" in token for token in spelled(mine)) and any(b"z" in token for token in spelled(others))
+        put(path / "text", train_txt="alpha beta gamma " * 200, val_txt="zebra " * 300)
+        put(path / "other", a_txt="zebra " * 300, b_txt="zebra zoo " * 300)
+        mine, others = load_text(path, "bpe:262"), load_text(path, f"bpe:262@{path}/other")
+        spelled = [b"".join(c.encoding.decode_single_token_bytes(i) for i in range(256, 261)) for c in (mine, others)]
+        assert b"z" not in spelled[0] and b"z" in spelled[1]
         assert mine.sha256 != others.sha256
-        assert len([f for f in os.listdir(path + "/cache") if f.endswith(".tiktoken")]) == 2
+        assert len(list((path / "cache").glob("*.tiktoken"))) == 2
 
 
 # ----------------------------------------------------------------------------------------------------- cache
 
 def test_a_damaged_cache_is_made_again():
-    def damage(name, change):
-        target = next(os.path.join(root, name) for root, _, names in os.walk(path + "/cache") if name in names)
-        with open(target, "rb") as file:
-            content = file.read()
-        with open(target, "wb") as file:
-            file.write(change(content))
-    for name, change in (("train.bin", lambda b: b[:-2]), ("val.npy", lambda b: b + b"x"), ("meta.json", lambda b: b[:9])):
-        with folder() as path:
-            small_folder(path + "/text")
-            first = load_small(path).sha256
-            damage(name, change)
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                again = load_small(path)
-            assert again.sha256 == first and "made again" in out.getvalue(), name
+    for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"), ("*/meta.json", lambda b: b[:9]),
+                            ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
+        with small_corpus("bpe:280") as (path, first):
+            (target,) = (path / "cache").glob(pattern)
+            target.write_bytes(damage(target.read_bytes()))
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                again = load_text(path, "bpe:280")
+            assert again.sha256 == first.sha256 and "made again" in out.getvalue(), pattern
             check_rows(again, "train", 100)
-    with folder() as path:
-        small_folder(path + "/text")
-        first = load_small(path, "bpe:280").sha256
-        name = next(f for f in os.listdir(path + "/cache") if f.endswith(".tiktoken"))
-        damage(name, lambda b: b[:b.index(b"\n", len(b) // 2) + 1])
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert load_small(path, "bpe:280").sha256 == first
 
 
 def test_the_cache_is_used_and_follows_the_files():
-    with folder() as path:
-        small_folder(path + "/text")
-        first = load_small(path)
-        def refuse(*_):
-            raise AssertionError("this was in the cache")
-        with patched(tokenize=refuse):
-            assert load_small(path).sha256 == first.sha256
-        put(path + "/text", f3_txt="changed " * 20)
-        second = load_small(path)
-        assert second.sha256 != first.sha256
-        assert not [f for f in os.listdir(path + "/cache") if ".part" in f]
+    with small_corpus() as (path, first):
+        with patched(tokenize=None):                                    # a call would fail
+            assert load_text(path).sha256 == first.sha256
+        put(path / "text", f3_txt="changed " * 20)
+        second = load_text(path)
+        put(path / "text", f3_txt="charged " * 20)                      # as long, but later
+        third = load_text(path)
+        assert len({first.sha256, second.sha256, third.sha256}) == 3
+        assert not list((path / "cache").glob("*.part"))
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_used():
     with folder() as path:
-        small_folder(path + "/text")
-        def killed(*_):
-            raise KeyboardInterrupt
-        with patched(add_file=killed):                                  # tokens are written, meta.json is not
-            try:
-                load_small(path)
-            except KeyboardInterrupt:
-                pass
-        left = os.listdir(path + "/cache")
-        assert any(f.endswith(".part") for f in left)
-        check_rows(load_small(path), "train", 64)
-        assert not any(f.endswith(".part") for f in os.listdir(path + "/cache"))
+        put(path / "text", a_txt=story(0, 4000))
+        with patched(add_file=None):                                    # tokens are written, meta.json is not
+            raises(TypeError, lambda: load_text(path))
+        assert list((path / "cache").glob("*.part"))
+        check_rows(load_text(path), "train", 64)
+        assert not list((path / "cache").glob("*.part"))
 
 
 def test_two_processes_prepare_the_same_data_at_once():
@@ -1390,9 +1346,8 @@ def test_two_processes_prepare_the_same_data_at_once():
             "def slow(*a): print('tokenized'); import time; time.sleep(0.5); return old(*a)\n"
             "data.tokenize = slow\n"
             "print(data.load(sys.argv[2], 'bpe:280', sys.argv[3], quiet=True).sha256)")
-    with folder() as path:
-        small_folder(path + "/text")
-        command = [sys.executable, "-c", code, os.path.dirname(data.__file__), path + "/text", path + "/cache"]
+    with small_corpus() as (path, _):
+        command = [sys.executable, "-c", code, os.path.dirname(data.__file__), path / "text", path / "new"]
         both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         lines = [process.communicate()[0].split() for process in both]
         assert [process.returncode for process in both] == [0, 0]
@@ -1404,7 +1359,7 @@ def test_two_processes_prepare_the_same_data_at_once():
 # ----------------------------------------------------------------------------------------------------- rows
 
 def check_rows(corpus, split, seq_len, stream=None):
-    """The promises of the packing, checked on one split; returns the rows."""
+    """The promises of the packing, checked on one split."""
     row, eos, plan = seq_len + 1, corpus.eos, corpus.plan(split, seq_len)
     stream = np.concatenate(corpus.parts[split]) if stream is None else np.array(stream)
     n = corpus.n_rows(seq_len, split)
@@ -1429,20 +1384,22 @@ def check_rows(corpus, split, seq_len, stream=None):
     assert used[~text].sum() == 0 and used.max() <= 1                   # nothing twice ...
     lost = (used[text] == 0).sum()
     assert lost < row, lost                                             # ... and less than a row is dropped
-    return out
 
 
 def test_rows_keep_their_promises():
-    with folder() as path:
-        small_folder(path + "/text")
-        for tokenizer in ("byte", "bpe:300"):
-            corpus = load_small(path, tokenizer)
+    for tokenizer in ("byte", "bpe:300"):
+        with small_corpus(tokenizer) as (_, corpus):
             for seq_len in (2, 7, 64, 1000):
                 check_rows(corpus, "train", seq_len)
             check_rows(corpus, "val", 30)
 
 
 def test_packing_prefers_whole_documents():
+    plan = data.pack(np.array([0, 10, 20, 30]), np.array([7, 6, 5, 3]), 10)     # the example in its docstring
+    assert plan.first.tolist() == [0, 2, 4]
+    assert plan.start.tolist() == [0, 30, 10, 20] and plan.length.tolist() == [7, 3, 6, 4]
+    plan = data.pack(np.array([0, 10, 20]), np.array([7, 6, 5]), 10)    # where none fits the largest is cut
+    assert plan.first.tolist() == [0, 2, 5] and plan.length.tolist() == [7, 3, 5, 4, 1]
     start, length = np.arange(0, 1200, 100), np.array([60, 39, 20, 19, 98, 50, 48, 99, 30, 30, 37, 5])
     plan = data.plan_rows(start, length, 100)                           # pairs that fill a row exactly are found
     rows = [sorted(plan.length[plan.first[i]:plan.first[i + 1]].tolist()) for i in range(len(plan.first) - 1)]
@@ -1455,9 +1412,7 @@ def test_packing_prefers_whole_documents():
 
 
 def test_doc_pos_counts_the_tokens_before_the_target():
-    with folder() as path:
-        small_folder(path + "/text")
-        corpus = load_small(path)
+    with small_corpus() as (_, corpus):
         for x, y, doc_pos in corpus.eval_batches(50, 4):
             assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape
             assert (x[:, 1:] == y[:, :-1]).all()
@@ -1470,9 +1425,8 @@ def test_doc_pos_counts_the_tokens_before_the_target():
 
 
 def test_eval_rows_are_the_same_for_everyone():
-    with folder() as path:
-        small_folder(path + "/text")
-        corpus, other = load_small(path), load_small(path)
+    with small_corpus() as (path, corpus):
+        other = load_text(path)
         first = [[t.clone() for t in batch] for batch in corpus.eval_batches(32, 4)]
         other.batch(3, 4, 32, seed=9)
         for a, b in zip(first, other.eval_batches(32, 4), strict=True):
@@ -1483,42 +1437,31 @@ def test_eval_rows_are_the_same_for_everyone():
         assert sum(len(x) for x, *_ in corpus.eval_batches(32, 4, max_tokens=64, split="train")) == 2
 
 
-def test_batches_are_pure_and_seeded():
-    with folder() as path:
-        small_folder(path + "/text")
-        corpus, fresh = load_small(path), load_small(path)
-        wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(60)]
-        for step in (59, 0, 31, 31, 7):                                 # in any order, from a new process' view
-            assert all(torch.equal(a, b) for a, b in zip(fresh.batch(step, 8, 40, seed=3), wanted[step]))
-        x, y = wanted[0]
-        assert x.shape == y.shape == (8, 40) and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
-        assert (x[:, 0] == corpus.eos).all() and (x[:, 1:] == y[:, :-1]).all()
-        assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], x)
+def test_batches_are_pure_seeded_and_shared_by_the_ranks():
+    with small_corpus() as (path, corpus):
+        fresh = load_text(path)
+    wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(60)]
+    for step in (59, 0, 31, 31, 7):                                     # in any order, from a new process' view
+        assert all(torch.equal(a, b) for a, b in zip(fresh.batch(step, 8, 40, seed=3), wanted[step]))
+    x, y = wanted[0]
+    assert x.shape == y.shape == (8, 40) and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+    assert (x[:, 0] == corpus.eos).all() and (x[:, 1:] == y[:, :-1]).all()
+    assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], x)
+    for world, step in itertools.product((1, 2, 4), (0, 5, 40)):
+        shares = [fresh.batch(step, 8, 40, seed=3, rank=rank, world=world) for rank in range(world)]
+        assert all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*shares), wanted[step]))
 
 
 def test_every_epoch_is_every_row_once_in_another_order():
-    with folder() as path:
-        small_folder(path + "/text")
-        corpus = load_small(path)
+    with small_corpus() as (_, corpus):
         n, rows = corpus.n_rows(40), 7
         assert n % rows                                                 # so that batches lie across epochs
-        seen = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in (corpus.batch(s, rows, 40, seed=1)
-                                                                    for s in range(2 * n // rows + 1))])
+        batches = [corpus.batch(step, rows, 40, seed=1) for step in range(2 * n // rows + 1)]
+        seen = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in batches])
         every = corpus.rows("train", 40, range(n))[0].tolist()
-        first, second = seen[:n].tolist(), seen[n:2 * n].tolist()
-        assert sorted(first) == sorted(second) == sorted(every)
-        assert first != second
-
-
-def test_ranks_share_the_batch():
-    with folder() as path:
-        small_folder(path + "/text")
-        corpus = load_small(path)
-        for world in (1, 2, 4):
-            for step in (0, 5, 40):
-                x, y = corpus.batch(step, 8, 40, seed=2)
-                parts = [corpus.batch(step, 8, 40, seed=2, rank=r, world=world) for r in range(world)]
-                assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
+    first, second = seen[:n].tolist(), seen[n:2 * n].tolist()
+    assert sorted(first) == sorted(second) == sorted(every)
+    assert first != second
 
 
 # ----------------------------------------------------------------------------------------------------------------------
