@@ -135,7 +135,10 @@ def times(factor):
 
 ZERO, ONE = torch.zeros_like, torch.ones_like
 HEADS = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
-CASES = {  # name -> the sizes to run; what is changed in memories.example. Cuts: where a call ends and the next one begins
+LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
+
+# name -> the sizes to run, and what is changed in memories.example; at the cuts a call ends and the next one begins
+CASES = {
     "leaky": (runs(B=[2], H=[3], D=[4], T=[1, 2, 64, 65, 4200]),        # 4200 > 64²: three levels of the scan
               dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
     "delta_plain": (delta(), {}),
@@ -161,10 +164,10 @@ CASES = {  # name -> the sizes to run; what is changed in memories.example. Cuts
     "ttt_long": (ttt(T=[192], K=[64]), {}),
     "ttt_no_rate": (ttt(), dict(lr=ZERO)),
     "ttt_high_rates": (ttt(), dict(lr=times(8), token_scale=some_rates)),
-    "ttt_large_weights": (ttt(T=[53]), dict(W=times(15), b=times(10), ln_bias=times(10))),
+    "ttt_large_weights": (ttt(T=[53]), LARGE),
     "ttt_identical_keys": (ttt(), dict(k=identical)),
     "ttt_state": (ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]) + ttt(T=[90], K=[32], cuts=[(40, 41)]), {}),
-    "small_ttt_batches": (ttt(T=[4, 17], D=[8], K=[4], cuts=[(), (1,), (7,)]), {}),        # not for the kernels
+    "small_ttt_batches": (ttt(T=[4, 17], D=[8], K=[4], cuts=[(), (1,), (7,)]), LARGE),      # not for the kernels
 }
 
 
@@ -706,7 +709,7 @@ def test_learned_positions_end():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# memories.py: the Triton kernels without a GPU: values from the interpreter (float32, against the loops), and what the compiler says
+# memories.py: the Triton kernels without a GPU: values from the interpreter (float32), and what the compiler says
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 SHARED_LIMIT = {80: 166912, 90: 232448}     # bytes of shared memory that a program may have
@@ -800,8 +803,8 @@ def compiled(fn, args, options, arch):
     """Compile a kernel for sm_80 or sm_90 without a GPU: its registers, stack (spills) and shared memory a program."""
     import triton
     triton.runtime.driver.set_active(SimpleNamespace(       # stands where the driver of a GPU would
-        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32), get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0, map_python_to_cpp_type=lambda ty: ty))
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch, get_current_stream=lambda device: 0, map_python_to_cpp_type=lambda ty: ty))
     binary = fn.warmup(*(x.dtype if torch.is_tensor(x) else x for x in args), grid=(1,), **options)
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -815,9 +818,9 @@ def compiled(fn, args, options, arch):
 
 @each(arch=[80, 90], name=["gated_delta_rule", "ttt_linear"])
 def test_kernels_build(arch, name):
-    """Every kernel builds in bf16 within the chip's shared memory, the forward ones without a stack: at D = 64 and 128. With
-    EVERY_KERNEL=1 in the environment this is done at every size there is (minutes the first time; Triton keeps its binaries),
-    and what the compiler says of each kernel is printed."""
+    """Every kernel builds in bf16 within the chip's shared memory, the forward ones without a stack: at D = 64 and 128.
+    EVERY_KERNEL=1 in the environment does this at every size there is (minutes the first time; Triton keeps its
+    binaries), and prints what the compiler says of each kernel."""
     if not HAVE_TRITON:
         raise unittest.SkipTest("triton is not installed")
     every = bool(os.environ.get("EVERY_KERNEL"))
