@@ -1,59 +1,462 @@
-"""What a memory computes: the recurrences, each written twice. No parameters live here (those are in model.py).
+"""What a memory computes: the recurrences, each written twice. No parameters live here; those are in model.py.
 
-For every mechanism there is a loop, which is the paper's equation token by token and serves as the oracle, and a
-chunked form, which computes the same numbers with matrix products and a short loop over chunks. The two that keep a
-matrix as their state are there a third time, as Triton kernels, forward and backward.
+Every mechanism has a loop, which is the paper's equation token by token. It is slow, and it is what the other forms are
+tested against. The chunked form computes the same numbers with matrix products, and is sequential only from chunk to
+chunk. The two mechanisms that keep a matrix as their state are there a third time, as Triton kernels for CUDA, with
+their gradients.
 
-    python memories.py     checks the kernels against the loops and reports on them: times on a GPU; without one, values
-                           from Triton's interpreter and what the compiler says for sm_80 and sm_90
+    python memories.py     On a GPU this compares the kernels with the loops and times them. Without a GPU it compares
+                           them in Triton's interpreter, and prints what each kernel reads, writes and computes.
 
 Reading order
-    leaky_average      Memory Mosaics' key smoothing       y_t = x_t + λ y_{t-1}
-    gated_delta_rule   Gated DeltaNet's fast weights       S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ
-    ttt_linear         TTT-Linear's inner gradient descent W_t = W_0 - s_t Σ η_j k_jᵀ g_j
+    leaky_average      Memory Mosaics' key smoothing        y_t = x_t + λ y_{t-1}
+    gated_delta_rule   Gated DeltaNet's fast weights        S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ
+    ttt_linear         TTT-Linear's inner gradient descent  W_i = W_start - s_i Σ_{j<=i} η_j k_jᵀ ∇_j
+    the kernels        what they share, then those of the delta rule, then those of TTT-Linear
+    main               are the kernels right, and what do they cost?
 
-Glossary (name here = symbol in the paper)
-    B, T, H, D         batch, time, heads, head dimension; Dk, Dv where keys and values differ
-    g      = log α     log of the forget gate, <= 0          G = cumulative sum of g inside a chunk, γ = exp(G)
-    beta   = β         writing strength, in [0, 1]
-    lr     = η         inner learning rate of a token        token_scale = s, one factor per position in the mini-batch
-    decay  = λ         leak of the key average
-    state              all that is remembered of the past; float32 at least, whatever the inputs' dtype
+Glossary (name in the code = symbol in the paper)
+    B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ. Time is always axis 1
+    log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
+                       gated_delta_rule; inside a chunk, log γ is the sum of log α since the chunk's start
+    beta = β           writing strength of a token, from 0 to 1
+    lr = η             inner learning rate of a token
+    token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
+    W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
+                       starts; W_start and b_start are those at the start of a mini-batch
+    grad = ∇           inner gradient of a token's loss; a name that begins with d, as dq, is a gradient of the training
+    decay = λ          leak of the key average
+    state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               "loop", "chunk", "triton", or "auto": triton for CUDA tensors of a supported shape, else chunk
 
-Every function continues from a state exactly: f(x) == f(x[:, :t]) ++ f(x[:, t:], state). Time is axis 1 throughout.
+Every function continues from a state exactly: f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
 
 References
-    Gated DeltaNet: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464); the chunked form: Yang et al. 2024 (2406.06484)
-    TTT-Linear: Sun et al. 2024 (2407.04620)           Memory Mosaics: Zhang et al. 2024 (2405.06394)
+    Memory Mosaics: Zhang et al. 2024 (arXiv 2405.06394), official code github.com/facebookresearch/MemoryMosaics
+    Gated DeltaNet: Yang, Kautz, Hatamizadeh 2025 (2412.06464), official code github.com/NVlabs/GatedDeltaNet
+    DeltaNet in chunks: Yang et al. 2024 (2406.06484)
+    TTT-Linear: Sun et al. 2024 (2407.04620), official code github.com/test-time-training/ttt-lm-pytorch and ttt-lm-jax
 """
 import inspect
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from types import SimpleNamespace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
     import triton.language as tl
-except ImportError:                                                 # without it everything but the kernels works
+except ImportError:
+    # without it everything but the kernels works; their signatures need this one name
     triton = None
     class tl: constexpr = None
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"                # kernels then run on CPU tensors, slowly
+LEAKY_CHUNK = 64
+DELTA_CHUNK = 64  # work grows as T·C·D, the sequential part as T/C
+LN_EPS = 1e-6     # added to the variance in TTT's inner LayerNorm
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels then run on CPU tensors, slowly
 
-# The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to correct. Made from
-# bytes, programs in flight and the compiler's report, for the shapes B8 T4096 H6 D128 and B16 T2048 H12 D64. Products
-# with 64 rows and 4 warps or more become wgmma on Hopper; the kernels keep wgmma's left factor in shared memory, as the
-# ptxas that comes with triton 3.6 has miscompiled left factors in registers.
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """States and gates are kept in float32, or in float64 when the inputs are (the tests' exact arithmetic)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_impl(name: str, impl: str, choices: tuple) -> None:
+    """Raises ValueError unless impl is one of the choices."""
+    if impl not in choices:
+        raise ValueError(f"{name}: impl={impl!r} was given, expected one of {', '.join(choices)}; use 'auto'")
+
+
+def use_triton(name: str, impl: str, x: Tensor, supported: bool, expected: str) -> bool:
+    """Whether the kernels are to run. Raises ValueError where they were asked for and cannot run on tensors like x."""
+    if impl == "auto":
+        return triton is not None and x.is_cuda and supported
+    if impl != "triton":
+        return False
+
+    if triton is None:
+        raise ValueError(f"{name}: impl='triton' needs the package triton, which is not installed; use impl='chunk'")
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(f"{name}: impl='triton' was given {x.device} tensors, expected cuda; use impl='chunk', "
+                         f"or set TRITON_INTERPRET=1 to test the kernels without a GPU")
+    if not supported:
+        raise ValueError(f"{name}: impl='triton' was given {tuple(x.shape)} {x.dtype}, "
+                         f"expected {expected}; use impl='chunk'")
+    return True
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ, the matrix that answers b where it is asked a:  (B,H,Da), (B,H,Db) -> (B,H,Da,Db)."""
+    return a[..., :, None] * b[..., None, :]
+
+
+def read(matrix: Tensor, key: Tensor) -> Tensor:
+    """Mᵀ k, what a matrix M answers to a key:  (B,H,Dk,Dv), (B,H,Dk) -> (B,H,Dv)."""
+    return (key[..., :, None] * matrix).sum(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Leaky average (Memory Mosaics)
+
+def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """y_t = x_t + λ y_{t-1}, with one λ per head   (Zhang et al. 2024, eq. 7).
+
+    x      (B,T,H,D)  float
+    decay  (H,)       λ, in [0, 1)
+    state  (B,H,D)    y of the token before x; zeros where it is None
+
+    Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs). Raises ValueError for
+    an impl other than auto, loop and chunk. There is no Triton kernel: the chunked form reads x and writes y once,
+    which is nearly all that a kernel would have to move. No T×T matrix is ever built.
+    Official implementation: github.com/facebookresearch/MemoryMosaics.
+    """
+    check_impl("leaky_average", impl, ("auto", "loop", "chunk"))
+    B, T, H, D = x.shape
+    dtype = state_dtype(x.dtype)
+    if state is None:
+        state = x.new_zeros(B, H, D, dtype=dtype)
+    if T == 0:
+        return x, state
+
+    form = _leaky_loop if impl == "loop" or T == 1 else _leaky_chunk
+    y = form(x.to(dtype), decay.to(dtype), state.to(dtype))
+    return y.to(x.dtype), y[:, -1]
+
+
+def _leaky_loop(x, decay, y):
+    """Token by token: y (B,H,D) is the state."""
+    outputs = []
+    for x_t in x.unbind(1):
+        y = x_t + decay[:, None] * y
+        outputs.append(y)
+    return torch.stack(outputs, 1)
+
+
+def _leaky_chunk(x, decay, state):
+    """The same numbers, C tokens at a time. The last y of every chunk obeys the same recurrence with decay λ^C, so the
+    function calls itself on them. That makes log_C(T) levels, each of them one batched C×C product."""
+    B, T, H, D = x.shape
+    C = min(LEAKY_CHUNK, T)
+    x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, D)                          # (B,n,C,H,D)
+
+    # each chunk as if nothing came before it: y = L x with L_ij = λ^(i-j) for i >= j
+    i = torch.arange(C, device=x.device)
+    L = torch.pow(decay[:, None, None], (i[:, None] - i).clamp(min=0)).tril()           # (H,C,C)
+    y = torch.einsum("hij,bnjhd->bnihd", L, x)
+
+    # y of the token before each chunk: the state, and then the chunks' ends
+    before = state[:, None]                                                             # (B,1,H,D)
+    if y.size(1) > 1:
+        ends = _leaky_chunk(y[:, :-1, -1], decay ** C, state)                           # (B,n-1,H,D)
+        before = torch.cat([before, ends], 1)                                           # (B,n,H,D)
+
+    # what came before reaches position i of a chunk with weight λ^(i+1)
+    weight = torch.pow(decay[None, :], i[:, None] + 1)                                  # (C,H)
+    y = y + weight[:, :, None] * before[:, :, None]
+    return y.reshape(B, -1, H, D)[:, :T]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gated delta rule (Gated DeltaNet)
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
+                     scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,   o_t = scale · S_tᵀ q_t   (Yang et al. 2025, eq. 10).
+
+    q, k   (B,T,H,Dk)   the keys should have unit length, or else I - β k kᵀ can expand
+    v      (B,T,H,Dv)
+    g      (B,T,H)      log α, at most 0
+    beta   (B,T,H)      β, in [0, 1]
+    state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
+    scale               1/√Dk where it is None
+
+    Returns o (B,T,H,Dv) in v's dtype, and the new state in float32 (float64 for float64 inputs). Raises ValueError for
+    an unknown impl, and for impl="triton" where there is no GPU, no triton, or no kernel for the shape or dtype.
+    Official implementation: github.com/NVlabs/GatedDeltaNet (it stores Sᵀ).
+    """
+    check_impl("gated_delta_rule", impl, ("auto", "loop", "chunk", "triton"))
+    B, T, H, Dk = k.shape
+    Dv = v.size(-1)
+    dtype = state_dtype(v.dtype)
+    if scale is None:
+        scale = Dk ** -0.5
+    if state is None:
+        state = v.new_zeros(B, H, Dk, Dv, dtype=dtype)
+    state = state.to(dtype)
+    if T == 0:
+        return v, state
+
+    # a single token, as in generation, does not pay for a chunk
+    if impl == "auto" and T == 1:
+        impl = "loop"
+
+    supported = v.dtype in KERNEL_DTYPES and Dk in (16, 32, 64, 128) and Dv in (Dk, 2 * Dk)
+    if use_triton("gated_delta_rule", impl, v, supported, "float32 or 16-bit, Dk 16, 32, 64 or 128, Dv = Dk or 2 Dk"):
+        return _delta_triton(q, k, v, g, beta, state, scale)
+    form = _delta_loop if impl == "loop" else _delta_chunk
+    o, state = form(q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state, scale)
+    return o.to(v.dtype), state
+
+
+def _delta_loop(q, k, v, log_alpha, beta, S, scale):
+    """Token by token: the state S is a matrix (B,H,Dk,Dv) that answers values to keys."""
+    alpha = log_alpha.exp()[..., None]                                                  # (B,T,H,1)
+    beta = beta[..., None]
+    outputs = []
+    for t in range(q.size(1)):
+        # forget a little of everything
+        S = alpha[:, t, :, :, None] * S
+
+        # look up what is stored at this key, and move it towards the value
+        error = v[:, t] - read(S, k[:, t])                                              # (B,H,Dv)
+        S = S + outer(k[:, t], beta[:, t] * error)
+
+        # answer the query; scale is 1/√D
+        outputs.append(scale * read(S, q[:, t]))
+    return torch.stack(outputs, 1), S
+
+
+def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
+    """The same numbers, C tokens at a time (Yang et al. 2024, section 3; with gates Yang et al. 2025, section 3.3).
+
+    Let S be the state at a chunk's start, and γ_i the product of α from there to token i. Token i writes β_i times its
+    error, and it reads what the tokens before it in the chunk have written. So the writes V' solve a triangular system:
+
+        (I + A) V' = diag(β) (V - diag(γ) K S)      A = tril(diag(β) K Kᵀ ⊙ Γ, -1)      Γ_ij = γ_i/γ_j for i >= j
+
+    It is linear in S. Solved for all chunks at once it is V' = U - W S, and only S walks from chunk to chunk."""
+    B, T, H, Dk = k.shape
+    Dv = v.size(-1)
+    C = min(DELTA_CHUNK, T)
+
+    def chunks(x):
+        """(B,T,H,...) -> (B,H,n,C,...). What is padded neither forgets nor writes."""
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % C))
+        return x.view(B, -1, C, *x.shape[2:]).movedim(3, 1)
+
+    q = chunks(q * scale)                                                               # (B,H,n,C,Dk)
+    k = chunks(k)
+    v = chunks(v)
+    log_alpha = chunks(log_alpha)                                                       # (B,H,n,C)
+    beta = chunks(beta)[..., None]                                                      # (B,H,n,C,1)
+
+    # γ_i, and γ_C/γ_i, which remains of a write at the chunk's end
+    log_gamma = log_alpha.cumsum(-1)
+    gamma = log_gamma.exp()[..., None]                                                  # (B,H,n,C,1)
+    to_end = (log_gamma[..., -1:] - log_gamma).exp()[..., None]
+
+    # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair: as the difference of two sums it would cancel where the
+    # decay is strong. Pairs with i < j are masked before exp, which could overflow there.
+    log_Gamma = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1).cumsum(-1).mT
+    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    Gamma = log_Gamma.masked_fill(~causal, float("-inf")).exp()                         # (B,H,n,C,C)
+
+    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K
+    A = (beta * (k @ k.mT) * Gamma).tril(-1)
+    right_side = torch.cat([beta * v, beta * gamma * k], -1)
+    UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
+    U, W = UW.split([Dv, Dk], -1)
+
+    # walk from chunk to chunk:  V' = U - W S,   S <- γ_C S + (diag(γ_C/γ) K)ᵀ V'
+    U = U.unbind(2)
+    W = W.unbind(2)
+    K_to_end = (to_end * k).mT.unbind(2)
+    gamma_end = gamma[..., -1:, :].unbind(2)
+    starts = []
+    writes = []
+    for n in range(len(U)):
+        starts.append(S)
+        writes.append(U[n] - W[n] @ S)
+        S = gamma_end[n] * S + K_to_end[n] @ writes[n]
+
+    # answer the queries:  O = diag(γ) Q S + (Q Kᵀ ⊙ Γ) V'
+    from_start = (gamma * q) @ torch.stack(starts, 2)                                   # (B,H,n,C,Dv)
+    o = from_start + ((q @ k.mT) * Gamma) @ torch.stack(writes, 2)
+    return o.movedim(1, 3).reshape(B, -1, H, Dv)[:, :T], S
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TTT-Linear
+
+class TTTState(NamedTuple):
+    """The inner model, and the mini-batch that is still running. At the start of a mini-batch grad_W, grad_b and pos
+    are 0. All but pos are float32, or float64 where the inputs are."""
+    W_start: Tensor  # (B,H,D,D)  the inner weights at the mini-batch's start
+    b_start: Tensor  # (B,H,D)    the inner bias there
+    grad_W: Tensor   # (B,H,D,D)  Σ_j η_j k_jᵀ ∇_j over the running mini-batch
+    grad_b: Tensor   # (B,H,D)    Σ_j η_j ∇_j
+    pos: Tensor      # ()         tokens of it seen, 0 to K-1; int64 on the CPU, so that reading it waits for no GPU
+
+
+def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor, W: Tensor, b: Tensor,
+               ln_weight: Tensor, ln_bias: Tensor, state: TTTState | None = None,
+               impl: str = "auto") -> tuple[Tensor, TTTState]:
+    """Gradient descent on ℓ_j = ½‖f(k_j) - v_j‖² with the inner model f(k) = k + LN(k W + b), one step for a mini-batch
+    of K tokens. Every gradient is taken at the mini-batch's start, and token i sees those of the tokens up to itself:
+
+        Z_j = k_j W_start + b_start                            ∇_j = ∂ℓ_j/∂Z_j
+        W_i = W_start - s_i Σ_{j<=i} η_j k_jᵀ ∇_j              b_i = b_start - s_i Σ_{j<=i} η_j ∇_j
+        o_i = q_i + LN(q_i W_i + b_i)                          the next mini-batch starts from W_K and b_K
+
+    (Sun et al. 2024, sections 2.3, 2.4 and appendix A.)
+
+    q, k, v             (B,T,H,D)
+    lr                  (B,T,H)    η
+    token_scale         (K,)       s, which also says how long a mini-batch is
+    W, b                (H,D,D), (H,D)  W_0 and b_0, where every sequence starts; with a state they are not used
+    ln_weight, ln_bias  (H,D)      of the inner LayerNorm
+    state               the running mini-batch is continued exactly
+
+    Returns o (B,T,H,D) in q's dtype, and the new state. Raises ValueError for an unknown impl, and for impl="triton"
+    where there is no GPU, no triton, or no kernel for the shape or dtype.
+    Official implementations: github.com/test-time-training/ttt-lm-pytorch and ttt-lm-jax.
+    """
+    check_impl("ttt_linear", impl, ("auto", "loop", "chunk", "triton"))
+    B, T, H, D = q.shape
+    K = len(token_scale)
+    if state is None:
+        dtype = state_dtype(q.dtype)
+        W_0 = W.to(dtype).expand(B, H, D, D)
+        b_0 = b.to(dtype).expand(B, H, D)
+        state = TTTState(W_0, b_0, torch.zeros_like(W_0), torch.zeros_like(b_0), torch.tensor(0))
+        pos = 0  # torch.compile can trace this number, but not one read from a new tensor
+    else:
+        pos = int(state.pos)
+    if T == 0:
+        return q, state
+
+    supported = q.dtype in KERNEL_DTYPES and D in (32, 64, 128) and K in (16, 32, 64)
+    if use_triton("ttt_linear", impl, q, supported, "float32 or 16-bit, D 32, 64 or 128, K 16, 32 or 64"):
+        return _ttt_triton(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
+    form = _ttt_loop if impl == "loop" else _ttt_chunk
+    return _ttt_torch(form, q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
+
+
+def _ttt_torch(form, q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
+    """The loop or the chunked form, computed in the state's dtype."""
+    dtype = state_dtype(q.dtype)
+    inputs = [x.to(dtype) for x in (q, k, v, lr, token_scale, ln_weight, ln_bias)]
+    o, state = form(*inputs, state, pos)
+    return o.to(q.dtype), state
+
+
+def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LN(z) over the last axis, with the biased variance."""
+    return F.layer_norm(z, z.shape[-1:], eps=LN_EPS) * weight + bias
+
+
+def ttt_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """∂/∂z of ½‖LN(z) - target‖² in closed form. With ẑ = (z - μ)/σ and e = ∂ℓ/∂ẑ it is
+
+        (e - mean(e) - ẑ mean(e ẑ)) / σ
+    """
+    var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+    inv_sigma = (var + LN_EPS).rsqrt()
+    z_hat = (z - mean) * inv_sigma
+    e = (weight * z_hat + bias - target) * weight
+    return (e - e.mean(-1, keepdim=True) - z_hat * (e * z_hat).mean(-1, keepdim=True)) * inv_sigma
+
+
+def _ttt_loop(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
+    """Token by token. The state is an inner model, which learns to answer each key with its value."""
+    W_start, b_start, grad_W, grad_b, _ = state
+    lr = lr[..., None]                                                                  # (B,T,H,1)
+    outputs = []
+    for t in range(q.size(1)):
+        # how would the model of the mini-batch's start have to change for this token? (its answer is k + LN(k W + b))
+        z = read(W_start, k[:, t]) + b_start                                            # (B,H,D)
+        grad = ttt_gradient(z, v[:, t] - k[:, t], ln_weight, ln_bias)
+
+        # add that to what the mini-batch's tokens before it asked for
+        grad_W = grad_W + outer(k[:, t], lr[:, t] * grad)
+        grad_b = grad_b + lr[:, t] * grad
+
+        # step from the mini-batch's start
+        W = W_start - token_scale[pos] * grad_W
+        b = b_start - token_scale[pos] * grad_b
+
+        # answer the query with the model after the step
+        outputs.append(q[:, t] + layer_norm(read(W, q[:, t]) + b, ln_weight, ln_bias))
+
+        # the next mini-batch starts where this one ends
+        pos = pos + 1
+        if pos == len(token_scale):
+            W_start = W
+            b_start = b
+            grad_W = torch.zeros_like(W)
+            grad_b = torch.zeros_like(b)
+            pos = 0
+    return torch.stack(outputs, 1), TTTState(W_start, b_start, grad_W, grad_b, torch.tensor(pos))
+
+
+def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
+    """The same numbers, a mini-batch at a time (the dual form). No W_i is built, since for tokens i, j of a mini-batch
+
+        q_i W_i + b_i = q_i W_start + b_start - s_i Σ_{j<=i} (q_i·k_j + 1) η_j ∇_j
+    """
+    W_start, b_start, grad_W, grad_b, _ = state
+    K = len(token_scale)
+    T = q.size(1)
+
+    # Mini-batches lie on absolute positions: the first piece completes the running one, the last may remain incomplete.
+    sizes = [min(K - pos, T)]
+    while sum(sizes) < T:
+        sizes.append(min(K, T - sum(sizes)))
+
+    q = q.transpose(1, 2)                                                               # (B,H,T,D)
+    targets = (v - k).transpose(1, 2).split(sizes, 2)
+    keys = k.transpose(1, 2).split(sizes, 2)
+    queries = q.split(sizes, 2)
+    rates = lr.transpose(1, 2)[..., None].split(sizes, 2)                               # (B,H,·,1)
+    ln_weight = ln_weight[:, None]                                                      # (H,1,D)
+    ln_bias = ln_bias[:, None]
+    z_q = []                                                                            # q_i W_i + b_i
+    for n, size in enumerate(sizes):
+        # η_j ∇_j, all at the mini-batch's start
+        z = keys[n] @ W_start + b_start[:, :, None]
+        lr_grad = rates[n] * ttt_gradient(z, targets[n], ln_weight, ln_bias)
+
+        # what each query sees of its own mini-batch: first of the tokens in this piece (the 1 is the bias's share), and
+        # then of those that came with an earlier call, which only the first piece can have
+        own = (queries[n] @ keys[n].mT + 1).tril() @ lr_grad
+        if pos > 0:
+            own = own + queries[n] @ grad_W + grad_b[:, :, None]
+        scale = token_scale[pos:pos + size, None]
+        z_q.append(queries[n] @ W_start + b_start[:, :, None] - scale * own)
+
+        # the next mini-batch starts where this one ends
+        grad_W = grad_W + keys[n].mT @ lr_grad
+        grad_b = grad_b + lr_grad.sum(2)
+        pos = pos + size
+        if pos == K:
+            W_start = W_start - token_scale[-1] * grad_W
+            b_start = b_start - token_scale[-1] * grad_b
+            grad_W = torch.zeros_like(W_start)
+            grad_b = torch.zeros_like(b_start)
+            pos = 0
+
+    o = q + layer_norm(torch.cat(z_q, 2), ln_weight, ln_bias)
+    return o.transpose(1, 2), TTTState(W_start, b_start, grad_W, grad_b, torch.tensor(pos))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the kernels share
+#
+# Names in a kernel begin with what they are: i_ an index, o_ offsets along an axis, m_ a mask, p_ a position in a
+# tensor, b_ a block of numbers in registers. Names without a prefix are the arguments: pointers to tensors, sizes, and
+# in capitals the constants that a kernel is compiled for.
+
+# The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to correct. They were
+# made from bytes, programs in flight and the compiler's report, for the shapes B8 T4096 H6 D128 and B16 T2048 H12 D64.
+# Products with 64 rows and 4 warps or more become wgmma on Hopper. The kernels keep wgmma's left factor in shared
+# memory, because the ptxas that comes with triton 3.6 has miscompiled left factors in registers.
 TUNING = {
     "delta_prep": dict(BD=32, num_warps=1, num_stages=1),
     "delta_walk": dict(BV=32, num_warps=4, num_stages=3),           # B·H·Dv/BV programs: what an H200 has room for
@@ -65,773 +468,765 @@ TUNING = {
     ("ttt_walk", 128): dict(num_warps=8, num_stages=2),
 }
 
-DELTA_CHUNK = 64  # C of the chunked delta rule: work grows as T·C·D, the sequential part as T/C
-LEAKY_CHUNK = 64
-LN_EPS = 1e-6     # TTT's inner LayerNorm (biased variance)
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+def kernel(function):
+    """Makes a function a Triton kernel. Triton turns an argument that equals 1 into a constant; n, the number of rounds
+    of a loop, must stay a variable, or a loop of one round would be compiled into something else."""
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=["n"])
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States and gates are kept in float32, or in float64 when the inputs are (the tests' exact arithmetic)."""
-    return torch.promote_types(dtype, torch.float32)
+def tuned(row, dtype: torch.dtype, largest: int = 0) -> dict:
+    """A row of TUNING as launch options. No block is wider than `largest`, the dimension that it divides.
+
+    float32 is there to be exact and not to be fast. Its products take three passes in tf32, or none where these would
+    not fit into shared memory. For 16-bit inputs the precision has no effect."""
+    options = dict(TUNING[row])
+    for block in ("BV", "BK", "BD"):
+        if block in options:
+            options[block] = min(options[block], largest)
+
+    options["PREC"] = "tf32"
+    if dtype == torch.float32:
+        options["PREC"] = "ieee" if row in ("delta_grads", "ttt_grads") else "tf32x3"
+    return options
 
 
-def check_impl(name: str, impl: str, choices: tuple) -> None:
-    if impl not in choices:
-        raise ValueError(f"{name}: impl={impl!r} was given, expected one of {', '.join(choices)}; use 'auto'")
+def launch(fn, grid: tuple, args: tuple, options: dict) -> None:
+    """Starts a kernel, one program for each point of the grid."""
+    with torch.cuda.device_of(args[0]):
+        fn[grid](*args, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the kernels share. Prefixes in them: i_ index, o_ offsets, m_ mask, p_ position in a tensor, b_ block
-
-def kernel(fn):
-    return fn if triton is None else triton.jit(fn, do_not_specialize=["n"])             # a loop of one round is a loop
-
-
-def launch_options(fn, grid: tuple, args: tuple, key, largest: int = 0) -> tuple:
-    """A kernel's launch with its row of TUNING; no block is wider than `largest`. float32 is there to be exact, not fast:
-    its products take three tf32 passes, or none where these would not fit into shared memory."""
-    options = {name: min(x, largest) if name in ("BV", "BK", "BD") else x for name, x in TUNING[key].items()}
-    exact = "ieee" if "grads" in key else "tf32x3"
-    return fn, grid, args, options | {"PREC": exact if args[0].dtype == torch.float32 else "tf32"}
-
-
-def launch(*launch_args) -> None:
-    if not isinstance(launch_args[2][0], FakeTensor):               # torch.compile's: it only wants the shapes
-        fn, grid, args, options = launch_options(*launch_args)
-        with torch.cuda.device_of(args[0]):
-            fn[grid](*args, **options)
+def launch_nothing(fn, grid: tuple, args: tuple, options: dict) -> None:
+    """Stands for `launch` where only the shapes of the outputs matter."""
 
 
 def operator(run, outputs: int):
-    """`run` as one operator that torch.compile leaves alone without a graph break; fake tensors get their shapes by it."""
+    """Makes run(launch, *inputs) -> outputs an operator, which torch.compile leaves alone without a graph break. While
+    it traces, torch.compile asks for the shapes of the outputs; `run` then gets a launch that starts nothing."""
     kinds = {"scale": "float", "save": "bool"}
-    inputs = ", ".join(f"{kinds.get(name, 'Tensor')} {name}" for name in inspect.signature(run).parameters)
-    schema = f"({inputs}) -> ({', '.join(['Tensor'] * outputs)})"
-    op = torch.library.custom_op(f"nanomem::{run.__name__.strip('_')}", run, mutates_args=(), schema=schema)
-    op.register_fake(run)
+    names = list(inspect.signature(run).parameters)[1:]
+    inputs = ", ".join(f"{kinds.get(name, 'Tensor')} {name}" for name in names)
+    results = ", ".join(["Tensor"] * outputs)
+
+    op = torch.library.custom_op(f"nanomem::{run.__name__.strip('_')}", partial(run, launch), mutates_args=(),
+                                 schema=f"({inputs}) -> ({results})")
+    op.register_fake(partial(run, launch_nothing))
     return op
 
 
-def use_triton(name: str, impl: str, x: Tensor, supported: bool, expected: str) -> bool:
-    if impl == "auto":
-        return triton is not None and x.is_cuda and supported
-    if impl != "triton":
-        return False
-    if triton is None:
-        raise ValueError(f"{name}: impl='triton' needs the package triton, which is not installed; use impl='chunk'")
-    if not (x.is_cuda or INTERPRET):
-        raise ValueError(f"{name}: impl='triton' was given {x.device} tensors, expected cuda; use impl='chunk', or set "
-                         f"TRITON_INTERPRET=1 to test the kernels without a GPU")
-    if not supported:
-        raise ValueError(f"{name}: impl='triton' was given {tuple(x.shape)} {x.dtype}, "
-                         f"expected {expected}; use impl='chunk'")
-    return True
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Leaky average (Memory Mosaics, eq. 7)
-
-def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """y_t = x_t + λ y_{t-1}, one λ per head.
-
-    x (B,T,H,D), decay (H,) in [0, 1), state (B,H,D) = y of the token before x. Returns y (B,T,H,D) in x's dtype and
-    the new state. Memory is linear in T: no T×T matrix is ever built. There is no Triton kernel: one
-    batched 64×64 product a chunk reads x and writes y once, which is nearly all that a kernel would have to move.
-    """
-    check_impl("leaky_average", impl, ("auto", "loop", "chunk"))
-    B, T, H, D = x.shape
-    dtype = state_dtype(x.dtype)
-    xf, decay = x.to(dtype), decay.to(dtype)
-    if state is None:
-        state = xf.new_zeros(B, H, D)
-    if T == 0:
-        return x, state
-    form = _leaky_loop if impl == "loop" or T == 1 else _leaky_chunk
-    y = form(xf, decay, state.to(dtype))
-    return y.to(x.dtype), y[:, -1]
-
-
-def _leaky_loop(x, decay, state):
-    ys = []
-    for x_t in x.unbind(1):                                         # (B,H,D)
-        state = x_t + decay[:, None] * state
-        ys.append(state)
-    return torch.stack(ys, 1)
-
-
-def _leaky_chunk(x, decay, state):
-    """Inside a chunk y = L x with L_ij = λ^(i-j), i >= j. The chunks' last values obey the same recurrence with decay
-    λ^C, so the function calls itself on them: log_C(T) levels, each a batched C×C product."""
-    B, T, H, D = x.shape
-    C = min(LEAKY_CHUNK, T)
-    i = torch.arange(C, device=x.device)
-    L = torch.pow(decay[:, None, None], (i[:, None] - i).clamp(min=0)).tril()           # (H,C,C)
-    x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, D)                          # (B,n,C,H,D)
-    y = torch.einsum("hij,bnjhd->bnihd", L, x)
-    ends = y[:, :-1, -1]                                                                # (B,n-1,H,D)
-    carry = state[:, None]                                                              # y just before each chunk
-    if ends.size(1):
-        ends = _leaky_chunk(ends, decay ** C, state)
-        carry = torch.cat([carry, ends], 1)                                             # (B,n,H,D)
-    reach = torch.pow(decay[None, :], i[:, None] + 1)                                   # (C,H): λ^(i+1)
-    y = y + reach[:, :, None] * carry[:, :, None]
-    return y.reshape(B, -1, H, D)[:, :T]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gated delta rule (Gated DeltaNet)
-
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
-                     scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,   o_t = S_tᵀ q_t · scale   (Yang et al. 2025, eq. 10).
-
-    q, k (B,T,H,Dk), v (B,T,H,Dv), g = log α (B,T,H) <= 0, beta (B,T,H) in [0, 1], state (B,H,Dk,Dv); scale defaults
-    to Dk^-1/2. The keys should have unit length, otherwise I - β k kᵀ can expand. Returns o (B,T,H,Dv) in v's dtype
-    and the new state in float32 (float64 for float64 inputs).
-    """
-    check_impl("gated_delta_rule", impl, ("auto", "loop", "chunk", "triton"))
-    B, T, H, Dk = k.shape
-    dtype = state_dtype(v.dtype)
-    scale = Dk ** -0.5 if scale is None else scale
-    state = v.new_zeros(B, H, Dk, v.size(-1), dtype=dtype) if state is None else state.to(dtype)
-    if T == 0:
-        return v, state
-    if impl == "auto" and T == 1:
-        impl = "loop"                                               # generation does not pay for a chunk
-    supported = v.dtype in KERNEL_DTYPES and Dk in (16, 32, 64, 128) and v.size(-1) in (Dk, 2 * Dk)
-    if use_triton("gated_delta_rule", impl, v, supported, "float32 or 16-bit, Dk 16, 32, 64 or 128, Dv = Dk or 2 Dk"):
-        return _delta_triton(q, k, v, g, beta, state, scale)
-    form = _delta_loop if impl == "loop" else _delta_chunk
-    o, state = form(q.to(dtype) * scale, k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state)
-    return o.to(v.dtype), state
-
-
-def _delta_loop(q, k, v, g, beta, S):
-    os = []
-    for t in range(q.size(1)):
-        k_t = k[:, t, :, :, None]                                   # (B,H,Dk,1)
-        S = g[:, t, :, None, None].exp() * S                        # forget: α S
-        read = (k_t * S).sum(-2)                                    # (B,H,Dv): what S says about k_t
-        write = beta[:, t, :, None] * (v[:, t] - read)              # correct it towards v_t
-        S = S + k_t * write[:, :, None]
-        os.append((q[:, t, :, :, None] * S).sum(-2))                # (B,H,Dv)
-    return torch.stack(os, 1), S
-
-
-def _delta_chunk(q, k, v, g, beta, S):
-    """The WY form: inside a chunk the writes v' solve a unit lower triangular system, after which everything is matrix
-    products; only the state's walk from chunk to chunk is sequential. Γ_ij = γ_i/γ_j for i >= j, never above 1."""
-    B, T, H, Dk = k.shape
-    C = min(DELTA_CHUNK, T)
-
-    def chunks(x):                                                  # (B,T,H,...) -> (B,H,n,C,...); padding writes nothing
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % C))
-        return x.view(B, -1, C, *x.shape[2:]).movedim(3, 1)
-
-    q, k, v, g, beta = map(chunks, (q, k, v, g, beta))
-    G = g.cumsum(-1)                                                # (B,H,n,C)
-    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # log Γ_ij = Σ_{j<l<=i} g_l is summed per pair: as a difference G_i - G_j it would cancel where decay is strong. Only
-    # i >= j is formed, masked before exp: γ itself may underflow, its inverse would overflow.
-    between = g[..., None, :].expand(*g.shape, C).triu(1).cumsum(-1).mT
-    Gamma = between.masked_fill(~causal, float("-inf")).exp()
-    gamma, to_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]              # γ_i and γ_C/γ_i  (B,H,n,C,1)
-    beta = beta[..., None]
-
-    A = (beta * (k @ k.mT) * Gamma).tril(-1)                        # (B,H,n,C,C), strictly lower
-    UW = torch.linalg.solve_triangular(A, torch.cat([beta * v, beta * gamma * k], -1), upper=False, unitriangular=True)
-    U, W = UW.split([v.size(-1), Dk], -1)                           # T diag(β) V and T diag(βγ) K, T = (I + A)^-1
-    K_end = (to_end * k).mT                                         # (B,H,n,Dk,C)
-    starts, writes = [], []
-    for U_n, W_n, K_n, decay in zip(U.unbind(2), W.unbind(2), K_end.unbind(2), gamma[..., -1:, :].unbind(2)):
-        starts.append(S)
-        writes.append(U_n - W_n @ S)                                # V' (B,H,C,Dv)
-        S = decay * S + K_n @ writes[-1]
-    S_start, V = torch.stack(starts, 2), torch.stack(writes, 2)
-    o = (gamma * q) @ S_start + ((q @ k.mT) * Gamma) @ V            # (B,H,n,C,Dv)
-    return o.movedim(1, 3).reshape(B, -1, H, V.size(-1))[:, :T], S
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gated delta rule in Triton
+# The gated delta rule in Triton
 #
-# Three steps make the chunked form above cheap. (1) Y = (I + tril(K Kᵀ, -1) diag(β))^-1 has no gates and no division by
-# β: with E_i = v_i - (what the state says about k_i), R = V - γ K S and all gates in the ratios Γ,
+# In the symbols of _delta_chunk, with S the state at a chunk's start, the forward pass is
 #
-#     E = (Y ⊙ Γ) R       V' = β E       O = scale γ Q S + (P ⊙ Γ) V'       S <- γ_C S + (γ_C/γ K)ᵀ V'
+#     R = V - diag(γ) K S                 what the values would have to be corrected by, if only S had been written
+#     E = (I + L ⊙ Γ)^-1 R                the error of each token, as in _delta_loop;  L = tril(K Kᵀ, -1) diag(β)
+#     O = scale diag(γ) Q S + P diag(β) E                                  P = scale tril(Q Kᵀ) ⊙ Γ
+#     S <- γ_C S + (diag(γ_C/γ) K)ᵀ diag(β) E
 #
-# with P = scale tril(Q Kᵀ). (2) Y ⊙ Γ and P ⊙ Γ know nothing of S, so a kernel parallel over chunks makes them. (3) What
-# is left to the walk along T is three dependent products a chunk, and the columns of S never meet: every program takes
-# BV of them. It holds Sᵀ (BV, DK): with BV = 32 rows Triton uses mma.sync, and the warps share the columns.
-#
-# Backward. With dO given and dS the gradient of the state after the chunk, the walk in reverse is
-#
-#     dV' = (P ⊙ Γ)ᵀ dO + γ_C/γ K dS       dV = dR = (Y ⊙ Γ)ᵀ β dV'       dS <- γ_C dS + scale (γ Q)ᵀ dO - (γ K)ᵀ dR
-#
-# and everything else is parallel over chunks again, from E, dV, S and dS, without v or Y. See _delta_grads.
+# The inverse and P do not need S, so that a first kernel computes them for all chunks at once (_delta_prep). A second
+# one walks from chunk to chunk and does only what needs S (_delta_forward). In the backward pass a third one walks back
+# with the gradient of S (_delta_backward), and a fourth one does all the rest for all chunks at once (_delta_grads).
+# As Γ_ij = γ_i/γ_j, (I + L ⊙ Γ)^-1 = (I + L)^-1 ⊙ Γ: the inverse is taken without gates, and gated where it is stored.
 
 @kernel
-def _delta_prep(q, k, g, beta, G, Y, P, T, scale, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
-    """G = cumsum(g)      Y = (I + L)^-1, L = tril(K Kᵀ, -1) diag(β), stored as Y ⊙ Γ      P = scale tril(Q Kᵀ) ⊙ Γ
+def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.constexpr, D: tl.constexpr,
+                BD: tl.constexpr, PREC: tl.constexpr):
+    """log γ = cumsum(log α)      inverse = (I + L)^-1 ⊙ Γ,  L = tril(K Kᵀ, -1) diag(β)      P = scale tril(Q Kᵀ) ⊙ Γ
 
-    One program a chunk of 32 and head. In registers: the 32×32 products, summed over BD columns of q and k at a time.
-    Reads q, k, g, β once, writes G and two triangles. The two 16×16 blocks on the diagonal are inverted by forward
-    substitution, both at once, and merged by products; a power series of L would overflow where keys are alike."""
-    i_n, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n, i_b, i_h = tl.num_programs(0), i_bh // H, i_bh % H
-    q, k = q + (i_b * T * H + i_h) * D, k + (i_b * T * H + i_h) * D
+    There is one program for a chunk of 32 and head. In registers are the 32×32 products, summed over BD columns of q
+    and k at a time. It reads q, k, log α and β once, and writes log γ and two triangles. The two 16×16 blocks on the
+    diagonal are inverted by forward substitution, both at once, and merged by products. A power series of L would
+    overflow where keys are alike."""
+    i_n = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    n = tl.num_programs(0)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    q = q + (i_b * T * H + i_h) * D
+    k = k + (i_b * T * H + i_h) * D
+    beta = beta + i_b * T * H + i_h
+    log_alpha = log_alpha + i_b * T * H + i_h
     o_c = tl.arange(0, 32)
     o_t = i_n * 32 + o_c
-    m_t = o_t < T                                                   # beyond T: zeros, which write and forget nothing
-    b_L, b_P = tl.zeros([32, 32], tl.float32), tl.zeros([32, 32], tl.float32)
+    m_t = o_t < T                                                   # beyond T are zeros, which write and forget nothing
+
+    # K Kᵀ and Q Kᵀ
+    b_L = tl.zeros([32, 32], tl.float32)
+    b_P = tl.zeros([32, 32], tl.float32)
     for i_d in range(D // BD):
-        p = o_t[:, None] * (H * D) + i_d * BD + tl.arange(0, BD)[None, :]
-        b_q = tl.load(q + p, mask=m_t[:, None], other=0.0)
-        b_k = tl.load(k + p, mask=m_t[:, None], other=0.0)
+        p_k = o_t[:, None] * (H * D) + i_d * BD + tl.arange(0, BD)[None, :]
+        b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
+        b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
         b_L = tl.dot(b_k, tl.trans(b_k), b_L, input_precision=PREC)
         b_P = tl.dot(b_q, tl.trans(b_k), b_P, input_precision=PREC)
-    b_beta = tl.load(beta + i_b * T * H + i_h + o_t * H, mask=m_t, other=0.0)
-    b_G = tl.cumsum(tl.load(g + i_b * T * H + i_h + o_t * H, mask=m_t, other=0.0), 0)
+    b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
+    b_log_gamma = tl.cumsum(tl.load(log_alpha + o_t * H, mask=m_t, other=0.0), 0)
 
+    # D, the inverse of I + the blocks of L on the diagonal:  row_i = e_i - Σ_{j<i} L_ij row_j
     m_block = (o_c[:, None] // 16) == (o_c[None, :] // 16)
-    b_U = tl.where(m_block & (o_c[:, None] < o_c[None, :]), b_L * b_beta[:, None], 0.0)   # Lᵀ: K Kᵀ is symmetric
+    b_LT = tl.where(m_block & (o_c[:, None] < o_c[None, :]), b_L * b_beta[:, None], 0.0)  # Lᵀ: K Kᵀ is symmetric
     b_D = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
-    for i in range(1, 16):                                          # row_i = e_i - Σ_{j<i} L_ij row_j
-        b_col = tl.sum(tl.where((o_c % 16 == i)[None, :], b_U, 0.0), 1)                 # L_ij, j along the rows
-        b_row = tl.sum(b_col[:, None] * b_D, 0)
+    for i in range(1, 16):
+        b_column = tl.sum(tl.where((o_c % 16 == i)[None, :], b_LT, 0.0), 1)               # L_ij, j along the rows
+        b_row = tl.sum(b_column[:, None] * b_D, 0)
         b_D = tl.where(m_block & (o_c % 16 == i)[:, None], b_D - b_row[None, :], b_D)
-    b_L = tl.where(m_block, 0.0, tl.where(o_c[:, None] > o_c[None, :], b_L * b_beta[None, :], 0.0))
-    b_Y = tl.dot(b_L, b_D, input_precision="tf32x3")                # float32 in three tf32 products
-    b_Y = b_D - tl.dot(b_D, b_Y, input_precision="tf32x3")          # (D^-1 + L)^-1 = D - D L D, as L D L = 0
 
-    # Γ is formed from differences of G that are <= 0 wherever i >= j: γ may underflow, 1/γ would overflow.
-    b_ratio = tl.exp(tl.where(o_c[:, None] >= o_c[None, :], b_G[:, None] - b_G[None, :], float("-inf")))
+    # with L now the block below the diagonal:  (D^-1 + L)^-1 = D - D L D, because L D L = 0
+    b_L = tl.where(m_block, 0.0, tl.where(o_c[:, None] > o_c[None, :], b_L * b_beta[None, :], 0.0))
+    b_inverse = tl.dot(b_L, b_D, input_precision="tf32x3")          # float32, in three products of tf32
+    b_inverse = b_D - tl.dot(b_D, b_inverse, input_precision="tf32x3")
+
+    # Γ from differences of log γ, which are at most 0 where i >= j: γ itself may underflow, 1/γ would overflow
+    b_log_Gamma = tl.where(o_c[:, None] >= o_c[None, :], b_log_gamma[:, None] - b_log_gamma[None, :], float("-inf"))
+    b_Gamma = tl.exp(b_log_Gamma)
     p_C = (i_bh * n + i_n) * 1024 + o_c[:, None] * 32 + o_c[None, :]
-    tl.store(G + (i_bh * n + i_n) * 32 + o_c, b_G)
-    tl.store(Y + p_C, (b_Y * b_ratio).to(Y.dtype.element_ty))
-    tl.store(P + p_C, (b_P * (b_ratio * scale)).to(P.dtype.element_ty))
+    tl.store(log_gamma + (i_bh * n + i_n) * 32 + o_c, b_log_gamma)
+    tl.store(inverse + p_C, (b_inverse * b_Gamma).to(inverse.dtype.element_ty))
+    tl.store(P + p_C, (b_P * (b_Gamma * scale)).to(P.dtype.element_ty))
 
 
 @kernel
-def _delta_forward(q, k, v, beta, G, Y, P, S0, o, E, S_chunk, S_end, T, n, scale, H: tl.constexpr, DK: tl.constexpr,
-                   DV: tl.constexpr, SAVE: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):
-    """R = V - γ K S      E = Y R      O = scale γ Q S + P (β E)      S <- γ_C S + (γ_C/γ K)ᵀ (β E)      (Y, P gated)
+def _delta_forward(q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_chunk, S_end, T, n, scale,
+                   H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SAVE: tl.constexpr, BV: tl.constexpr,
+                   PREC: tl.constexpr):
+    """R = V - γ K S      E = inverse R      O = scale γ Q S + P (β E)      S <- γ_C S + (γ_C/γ K)ᵀ (β E)
 
-    One program a head and BV columns of V; it walks the chunks. In registers: Sᵀ (BV, DK) in float32. Reads q, k, v, Y,
-    P, writes o; for the backward also E and the state at each chunk's start. Programs: B·H·DV/BV, all that there is to
-    run at once, which is why nothing is done here that does not need S. The slices of one head read the same q, k, Y,
-    P, from L2. Chunks of 32 and not 64: Y, P and their products halve, and what is kept of S is every second state."""
-    i_v, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    q, k = q + (i_b * T * H + i_h) * DK, k + (i_b * T * H + i_h) * DK
-    v, o, E = v + (i_b * T * H + i_h) * DV, o + (i_b * T * H + i_h) * DV, E + (i_b * T * H + i_h) * DV
-    beta, G = beta + i_b * T * H + i_h, G + i_bh * n * 32
-    Y, P = Y + i_bh * n * 1024, P + i_bh * n * 1024
-    o_c, o_k, o_v = tl.arange(0, 32), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    There is one program for a head and BV columns of V; it walks the chunks. In registers is Sᵀ (BV, DK) in float32. It
+    reads q, k, v, inverse and P, and writes o; for the backward pass also E, and the state at the start of every second
+    chunk. B·H·DV/BV programs are all that can run at once, which is why nothing is done here that does not need S. The
+    slices of one head read the same q, k, inverse and P, from the L2 cache. Chunks are of 32 and not of 64 tokens,
+    because that halves inverse, P and the products with them."""
+    i_v = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    q = q + (i_b * T * H + i_h) * DK
+    k = k + (i_b * T * H + i_h) * DK
+    v = v + (i_b * T * H + i_h) * DV
+    o = o + (i_b * T * H + i_h) * DV
+    error = error + (i_b * T * H + i_h) * DV
+    beta = beta + i_b * T * H + i_h
+    log_gamma = log_gamma + i_bh * n * 32
+    inverse = inverse + i_bh * n * 1024
+    P = P + i_bh * n * 1024
+
+    o_c = tl.arange(0, 32)
+    o_k = tl.arange(0, DK)
+    o_v = i_v * BV + tl.arange(0, BV)
     p_C = o_c[:, None] * 32 + o_c[None, :]
     p_S = i_bh * DK * DV + o_v[:, None] + o_k[None, :] * DV         # (BV, DK): Sᵀ
-    b_S = tl.load(S0 + p_S)
+    b_S = tl.load(S_start + p_S)
     for i_n in range(n):
+        # everything of the chunk; beyond T are zeros
         o_t = i_n * 32 + o_c
         m_t = o_t < T
-        p_k = o_t[:, None] * (H * DK) + o_k[None, :]
+        p_k = o_t[:, None] * (H * DK) + o_k[None, :]                # (32, DK)
         p_v = o_v[:, None] + o_t[None, :] * (H * DV)                # (BV, 32): Vᵀ
         b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
         b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
         b_v = tl.load(v + p_v, mask=m_t[None, :], other=0.0)
-        b_Y = tl.load(Y + i_n * 1024 + p_C)
+        b_inverse = tl.load(inverse + i_n * 1024 + p_C)
         b_P = tl.load(P + i_n * 1024 + p_C)
         b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
-        b_G, b_GC = tl.load(G + i_n * 32 + o_c), tl.load(G + i_n * 32 + 31)
-        b_s = b_S.to(b_k.dtype)
+        b_log_gamma = tl.load(log_gamma + i_n * 32 + o_c)
+        b_log_gamma_C = tl.load(log_gamma + i_n * 32 + 31)
+        b_S_low = b_S.to(b_k.dtype)                                 # S in the precision of the products
         if SAVE and i_n % 2 == 0:
-            tl.store(S_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_s)
-        b_o = tl.dot(b_s, tl.trans(b_q), input_precision=PREC) * (tl.exp(b_G) * scale)[None, :]
-        b_R = b_v - tl.dot(b_s, tl.trans(b_k), input_precision=PREC) * tl.exp(b_G)[None, :]
-        b_E = tl.dot(b_R.to(b_k.dtype), tl.trans(b_Y), input_precision=PREC)
+            tl.store(S_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_S_low)
+
+        # Oᵀ <- scale γ (Q S)ᵀ      Rᵀ = Vᵀ - γ (K S)ᵀ      Eᵀ = (inverse R)ᵀ
+        b_o = tl.dot(b_S_low, tl.trans(b_q), input_precision=PREC) * (tl.exp(b_log_gamma) * scale)[None, :]
+        b_R = b_v - tl.dot(b_S_low, tl.trans(b_k), input_precision=PREC) * tl.exp(b_log_gamma)[None, :]
+        b_E = tl.dot(b_R.to(b_k.dtype), tl.trans(b_inverse), input_precision=PREC)
         if SAVE:
-            tl.store(E + p_v, b_E.to(b_k.dtype), mask=m_t[None, :])
-        b_V = b_E * b_beta[None, :]                                 # what is written: V'
-        b_o = tl.dot(b_V.to(b_k.dtype), tl.trans(b_P), b_o, input_precision=PREC)
+            tl.store(error + p_v, b_E.to(b_k.dtype), mask=m_t[None, :])
+
+        # what is written, β E, is read by this chunk's queries:  Oᵀ <- Oᵀ + (P β E)ᵀ
+        b_write = b_E * b_beta[None, :]
+        b_o = tl.dot(b_write.to(b_k.dtype), tl.trans(b_P), b_o, input_precision=PREC)
         tl.store(o + p_v, b_o.to(b_k.dtype), mask=m_t[None, :])
-        b_V = (b_V * tl.exp(b_GC - b_G)[None, :]).to(b_k.dtype)
-        b_S = tl.dot(b_V, b_k, b_S * tl.exp(b_GC), input_precision=PREC)
+
+        # and what is left of it at the chunk's end goes into the state:  Sᵀ <- γ_C Sᵀ + (γ_C/γ β E)ᵀ K
+        b_write = (b_write * tl.exp(b_log_gamma_C - b_log_gamma)[None, :]).to(b_k.dtype)
+        b_S = tl.dot(b_write, b_k, b_S * tl.exp(b_log_gamma_C), input_precision=PREC)
     tl.store(S_end + p_S, b_S)
 
 
 @kernel
-def _delta_backward(q, k, do, beta, G, Y, P, dS_end, dv, dS_chunk, dS0, T, n, scale, H: tl.constexpr, DK: tl.constexpr,
-                    DV: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):
-    """dV' = Pᵀ dO + γ_C/γ K dS      dV = Yᵀ (β dV')      dS <- γ_C dS + scale (γ Q)ᵀ dO - (γ K)ᵀ dV      (Y, P gated)
+def _delta_backward(q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk, dS_start, T, n, scale,
+                    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):
+    """dV' = Pᵀ dO + γ_C/γ K dS      dV = inverseᵀ (β dV')      dS <- γ_C dS + scale (γ Q)ᵀ dO - (γ K)ᵀ dV
 
-    The forward walk in reverse, cut the same way. In registers: dSᵀ (BV, DK). Reads q, k, do, Y, P, writes dv and
-    the gradient of the state at each chunk's end. It needs no activation of the forward pass but Y and P."""
-    i_v, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    q, k = q + (i_b * T * H + i_h) * DK, k + (i_b * T * H + i_h) * DK
-    do, dv = do + (i_b * T * H + i_h) * DV, dv + (i_b * T * H + i_h) * DV
-    beta, G = beta + i_b * T * H + i_h, G + i_bh * n * 32
-    Y, P = Y + i_bh * n * 1024, P + i_bh * n * 1024
-    o_c, o_k, o_v = tl.arange(0, 32), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    V' = β E is what is written. This is the forward walk in reverse, cut the same way. In registers is dSᵀ (BV, DK). It
+    reads q, k, do, inverse and P, and writes dv and the gradient of the state at the end of every second chunk. Of the
+    forward pass it needs no activation but inverse and P."""
+    i_v = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    q = q + (i_b * T * H + i_h) * DK
+    k = k + (i_b * T * H + i_h) * DK
+    do = do + (i_b * T * H + i_h) * DV
+    dv = dv + (i_b * T * H + i_h) * DV
+    beta = beta + i_b * T * H + i_h
+    log_gamma = log_gamma + i_bh * n * 32
+    inverse = inverse + i_bh * n * 1024
+    P = P + i_bh * n * 1024
+
+    o_c = tl.arange(0, 32)
+    o_k = tl.arange(0, DK)
+    o_v = i_v * BV + tl.arange(0, BV)
     p_C = o_c[:, None] * 32 + o_c[None, :]
-    p_S = i_bh * DK * DV + o_v[:, None] + o_k[None, :] * DV
+    p_S = i_bh * DK * DV + o_v[:, None] + o_k[None, :] * DV         # (BV, DK): Sᵀ
     b_dS = tl.load(dS_end + p_S)
     for i in range(n):
+        # everything of the chunk; beyond T are zeros
         i_n = n - 1 - i
         o_t = i_n * 32 + o_c
         m_t = o_t < T
-        p_k = o_t[:, None] * (H * DK) + o_k[None, :]
-        p_v = o_v[:, None] + o_t[None, :] * (H * DV)
+        p_k = o_t[:, None] * (H * DK) + o_k[None, :]                # (32, DK)
+        p_v = o_v[:, None] + o_t[None, :] * (H * DV)                # (BV, 32): Vᵀ
         b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
         b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
         b_do = tl.load(do + p_v, mask=m_t[None, :], other=0.0)
-        b_Y = tl.load(Y + i_n * 1024 + p_C)
+        b_inverse = tl.load(inverse + i_n * 1024 + p_C)
         b_P = tl.load(P + i_n * 1024 + p_C)
         b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
-        b_G, b_GC = tl.load(G + i_n * 32 + o_c), tl.load(G + i_n * 32 + 31)
-        b_ds = b_dS.to(b_k.dtype)
+        b_log_gamma = tl.load(log_gamma + i_n * 32 + o_c)
+        b_log_gamma_C = tl.load(log_gamma + i_n * 32 + 31)
+        b_dS_low = b_dS.to(b_k.dtype)                               # dS in the precision of the products
         if i_n % 2 == 1:
-            tl.store(dS_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_ds)
-        b_dV = tl.dot(b_ds, tl.trans(b_k), input_precision=PREC) * tl.exp(b_GC - b_G)[None, :]
-        b_dV = tl.dot(b_do, b_P, b_dV, input_precision=PREC)
-        b_dR = tl.dot((b_dV * b_beta[None, :]).to(b_k.dtype), b_Y, input_precision=PREC)
-        tl.store(dv + p_v, b_dR.to(b_k.dtype), mask=m_t[None, :])
-        b_do = (b_do * (tl.exp(b_G) * scale)[None, :]).to(b_k.dtype)
-        b_dS = tl.dot(b_do, b_q, b_dS * tl.exp(b_GC), input_precision=PREC)
-        b_dS = tl.dot((b_dR * -tl.exp(b_G)[None, :]).to(b_k.dtype), b_k, b_dS, input_precision=PREC)
-    tl.store(dS0 + p_S, b_dS)
+            tl.store(dS_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_dS_low)
+
+        # a write is read by the next chunk's state and by this chunk's queries:  dV'ᵀ = γ_C/γ (K dS)ᵀ + (Pᵀ dO)ᵀ
+        b_dwrite = tl.dot(b_dS_low, tl.trans(b_k), input_precision=PREC) * tl.exp(b_log_gamma_C - b_log_gamma)[None, :]
+        b_dwrite = tl.dot(b_do, b_P, b_dwrite, input_precision=PREC)
+
+        # R = V - γ K S, so that dR = dV:  dVᵀ = (inverseᵀ β dV')ᵀ
+        b_dv = tl.dot((b_dwrite * b_beta[None, :]).to(b_k.dtype), b_inverse, input_precision=PREC)
+        tl.store(dv + p_v, b_dv.to(b_k.dtype), mask=m_t[None, :])
+
+        # dSᵀ <- γ_C dSᵀ + scale (γ dO)ᵀ Q - (γ dV)ᵀ K
+        b_do = (b_do * (tl.exp(b_log_gamma) * scale)[None, :]).to(b_k.dtype)
+        b_dS = tl.dot(b_do, b_q, b_dS * tl.exp(b_log_gamma_C), input_precision=PREC)
+        b_dS = tl.dot((b_dv * -tl.exp(b_log_gamma)[None, :]).to(b_k.dtype), b_k, b_dS, input_precision=PREC)
+    tl.store(dS_start + p_S, b_dS)
 
 
 @kernel
-def _delta_grads(q, k, g, beta, do, E, dv, S_chunk, dS_chunk, dq, dk, dg, dbeta, T, scale, H: tl.constexpr,
-                 DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr):
-    """A key k_i acts twice: it reads (in R and in the rows of L) and it writes (in S and in the columns of L and P).
+def _delta_grads(q, k, log_alpha, beta, do, error, dv, S_chunk, dS_chunk, dq, dk, dlog_alpha, dbeta, T, scale,
+                 H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr):
+    """A key k_i acts twice: it reads (in R, and in the rows of L), and it writes (in S, and in the columns of L and P).
 
         dP = scale tril(dO Eᵀ ⊙ Γ)                  dL = tril(dV Eᵀ ⊙ Γ, -1)
         dq = scale γ dO Sᵀ + dP (β K)               -dk_read = γ dV Sᵀ + dL (β K)
         dk_write = β x,  x = γ_C/γ E dSᵀ + dPᵀ Q - dLᵀ K        dβ_i = k_i·x_i
 
-    Every gate stands beside a q or a k: γ_i beside q_i and a reading k_i, 1/γ_j beside a writing k_j, γ_C beside the
-    new state S'. So  dG_i = q_i·dq_i + k_i·dk_read_i - k_i·dk_write_i + [i = C] ⟨S', dS⟩  and dg is its sum from the right.
+    Every gate stands beside a q or a k: γ_i beside q_i and a reading k_i, 1/γ_j beside a writing k_j, and γ_C beside
+    the new state S'. So d(log α) is the sum from the right of
 
-    One program a chunk of 64 and head (E and dV do not depend on the chunk, so this one may be longer than the walk's).
-    In registers: dP and dL, and of dqᵀ, dk_readᵀ, xᵀ BK rows at a time, as the whole would not fit. Reads q, k, dO,
-    E, dV, S, dS, writes dq, dk, dg, dβ, all once."""
-    i_n, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n, i_b, i_h = tl.num_programs(0), i_bh // H, i_bh % H
-    o_c, o_v = tl.arange(0, 64), tl.arange(0, DV)
+        d(log γ_i) = q_i·dq_i + k_i·dk_read_i - k_i·dk_write_i + [i = C] ⟨S', dS⟩
+
+    There is one program for a chunk of 64 and head; E and dV do not depend on the chunk, so that this one may be longer
+    than the walk's. In registers are dP and dL, and BK rows at a time of dqᵀ, dk_readᵀ and xᵀ, which would not fit as a
+    whole. It reads q, k, dO, E, dV, S and dS, and writes dq, dk, d(log α) and dβ, all once."""
+    i_n = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    n = tl.num_programs(0)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_c = tl.arange(0, 64)
+    o_v = tl.arange(0, DV)
     o_t = i_n * 64 + o_c
     m_t = o_t < T
-    q, k = q + (i_b * T * H + i_h) * DK, k + (i_b * T * H + i_h) * DK
-    dq, dk = dq + (i_b * T * H + i_h) * DK, dk + (i_b * T * H + i_h) * DK
+    q = q + (i_b * T * H + i_h) * DK
+    k = k + (i_b * T * H + i_h) * DK
+    dq = dq + (i_b * T * H + i_h) * DK
+    dk = dk + (i_b * T * H + i_h) * DK
     p_v = (i_b * T * H + i_h) * DV + o_t[:, None] * (H * DV) + o_v[None, :]
-    p_g = i_b * T * H + i_h + o_t * H
-    S_chunk, dS_chunk = S_chunk + (i_bh * n + i_n) * (DK * DV), dS_chunk + (i_bh * n + i_n) * (DK * DV)
-    b_E = tl.load(E + p_v, mask=m_t[:, None], other=0.0)
+    p_gate = i_b * T * H + i_h + o_t * H
+    S_chunk = S_chunk + (i_bh * n + i_n) * (DK * DV)
+    dS_chunk = dS_chunk + (i_bh * n + i_n) * (DK * DV)
+    b_E = tl.load(error + p_v, mask=m_t[:, None], other=0.0)
     b_do = tl.load(do + p_v, mask=m_t[:, None], other=0.0)
     b_dv = tl.load(dv + p_v, mask=m_t[:, None], other=0.0)
-    b_beta = tl.load(beta + p_g, mask=m_t, other=0.0)
-    b_g = tl.load(g + p_g, mask=m_t, other=0.0)
-    b_G, b_GC = tl.cumsum(b_g, 0), tl.sum(b_g, 0)
-    b_ratio = tl.exp(tl.where(o_c[:, None] >= o_c[None, :], b_G[:, None] - b_G[None, :], float("-inf")))
-    b_dP = (tl.dot(b_do, tl.trans(b_E), input_precision=PREC) * (b_ratio * scale)).to(b_E.dtype)
-    b_dL = tl.dot(b_dv, tl.trans(b_E), input_precision=PREC) * b_ratio
+    b_beta = tl.load(beta + p_gate, mask=m_t, other=0.0)
+    b_log_alpha = tl.load(log_alpha + p_gate, mask=m_t, other=0.0)
+
+    # the gates of this chunk of 64, from log α anew
+    b_log_gamma = tl.cumsum(b_log_alpha, 0)
+    b_log_gamma_C = tl.sum(b_log_alpha, 0)
+    b_log_Gamma = tl.where(o_c[:, None] >= o_c[None, :], b_log_gamma[:, None] - b_log_gamma[None, :], float("-inf"))
+    b_Gamma = tl.exp(b_log_Gamma)
+
+    # dP = scale tril(dO Eᵀ ⊙ Γ)      dL = tril(dV Eᵀ ⊙ Γ, -1)
+    b_dP = (tl.dot(b_do, tl.trans(b_E), input_precision=PREC) * (b_Gamma * scale)).to(b_E.dtype)
+    b_dL = tl.dot(b_dv, tl.trans(b_E), input_precision=PREC) * b_Gamma
     b_dL = tl.where(o_c[:, None] > o_c[None, :], b_dL, 0.0).to(b_E.dtype)
-    b_gamma, b_to_end = tl.exp(b_G), tl.exp(tl.minimum(b_GC - b_G, 0.0))
-    b_dG, b_dbeta, b_last = tl.zeros([64], tl.float32), tl.zeros([64], tl.float32), tl.zeros([64], tl.float32)
+
+    b_gamma = tl.exp(b_log_gamma)
+    b_to_end = tl.exp(tl.minimum(b_log_gamma_C - b_log_gamma, 0.0))
+    b_dlog_gamma = tl.zeros([64], tl.float32)
+    b_dbeta = tl.zeros([64], tl.float32)
+    b_dlog_gamma_C = tl.zeros([64], tl.float32)                     # ⟨S', dS⟩, in parts
     for i_k in range(DK // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         p_k = o_k[:, None] + o_t[None, :] * (H * DK)                # (BK, 64): Kᵀ
         p_S = o_k[:, None] + o_v[None, :] * DK                      # (BK, DV): S
         b_q = tl.load(q + p_k, mask=m_t[None, :], other=0.0)
         b_k = tl.load(k + p_k, mask=m_t[None, :], other=0.0)
-        b_S, b_dS = tl.load(S_chunk + p_S), tl.load(dS_chunk + p_S)
-        b_bk = (b_k * b_beta[None, :]).to(b_k.dtype)
+        b_S = tl.load(S_chunk + p_S)
+        b_dS = tl.load(dS_chunk + p_S)
+        b_beta_k = (b_k * b_beta[None, :]).to(b_k.dtype)
+
+        # dqᵀ = scale γ (dO Sᵀ)ᵀ + (dP β K)ᵀ
         b_dq = tl.dot(b_S, tl.trans(b_do), input_precision=PREC) * (b_gamma * scale)[None, :]
-        b_dq = tl.dot(b_bk, tl.trans(b_dP), b_dq, input_precision=PREC)
+        b_dq = tl.dot(b_beta_k, tl.trans(b_dP), b_dq, input_precision=PREC)
         tl.store(dq + p_k, b_dq.to(b_k.dtype), mask=m_t[None, :])
+
+        # -dk_readᵀ = γ (dV Sᵀ)ᵀ + (dL β K)ᵀ
         b_read = tl.dot(b_S, tl.trans(b_dv), input_precision=PREC) * b_gamma[None, :]
-        b_read = tl.dot(b_bk, tl.trans(b_dL), b_read, input_precision=PREC)
+        b_read = tl.dot(b_beta_k, tl.trans(b_dL), b_read, input_precision=PREC)
+
+        # xᵀ = γ_C/γ (E dSᵀ)ᵀ, which with β K is the part of ⟨S', dS⟩ that this chunk wrote; the other is γ_C ⟨S, dS⟩
         b_x = tl.dot(b_dS, tl.trans(b_E), input_precision=PREC) * b_to_end[None, :]
-        b_last += tl.sum(b_x * b_bk, 0)
-        b_last += tl.where(o_c == 0, tl.exp(b_GC) * tl.sum(tl.sum(b_S.to(tl.float32) * b_dS, 1), 0), 0.0)
+        b_dlog_gamma_C += tl.sum(b_x * b_beta_k, 0)
+        b_decayed = tl.exp(b_log_gamma_C) * tl.sum(tl.sum(b_S.to(tl.float32) * b_dS, 1), 0)
+        b_dlog_gamma_C += tl.where(o_c == 0, b_decayed, 0.0)
+
+        # xᵀ <- xᵀ + (dPᵀ Q)ᵀ - (dLᵀ K)ᵀ      dβ = k·x      dk_writeᵀ = β xᵀ
         b_x = tl.dot(b_q, b_dP, b_x, input_precision=PREC)
         b_x -= tl.dot(b_k, b_dL, input_precision=PREC)
         b_dbeta += tl.sum(b_x * b_k, 0)
-        b_x *= b_beta[None, :]
-        b_dG += tl.sum(b_q * b_dq - b_k * (b_read + b_x), 0)
-        tl.store(dk + p_k, (b_x - b_read).to(b_k.dtype), mask=m_t[None, :])
-    b_dG += tl.where(o_c == 63, tl.sum(b_last, 0), 0.0)
-    tl.store(dg + p_g, tl.cumsum(b_dG, 0, reverse=True), mask=m_t)
-    tl.store(dbeta + p_g, b_dbeta, mask=m_t)
+        b_write = b_x * b_beta[None, :]
+        b_dlog_gamma += tl.sum(b_q * b_dq - b_k * (b_read + b_write), 0)
+        tl.store(dk + p_k, (b_write - b_read).to(b_k.dtype), mask=m_t[None, :])
+
+    # log γ_i is a sum, in which log α_j stands for every i >= j
+    b_dlog_gamma += tl.where(o_c == 63, tl.sum(b_dlog_gamma_C, 0), 0.0)
+    tl.store(dlog_alpha + p_gate, tl.cumsum(b_dlog_gamma, 0, reverse=True), mask=m_t)
+    tl.store(dbeta + p_gate, b_dbeta, mask=m_t)
 
 
+def _delta_forward_run(launch, q, k, v, log_alpha, beta, S_start, scale, save):
+    """The forward pass on contiguous tensors. With `save` it keeps what the backward pass needs."""
+    B, T, H, DK = q.shape
+    DV = v.size(-1)
+    n = 2 * triton.cdiv(T, 64)                                      # chunks of 32: an even number
+    log_gamma = log_alpha.new_empty(B * H * n, 32)
+    inverse = q.new_empty(B * H * n, 32, 32)
+    P = q.new_empty(B * H * n, 32, 32)
+    launch(_delta_prep, (n, B * H), (q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H, DK),
+           tuned("delta_prep", q.dtype, DK))
 
-def _delta_forward_run(q, k, v, g, beta, state, scale, save):
-    B, T, H, DK, DV, n = *q.shape, v.size(-1), -(-q.size(1) // 64) * 2                  # n chunks of 32, an even number
-    G, Y, P = g.new_empty(B * H * n, 32), q.new_empty(B * H * n, 32, 32), q.new_empty(B * H * n, 32, 32)
-    launch(_delta_prep, (n, B * H), (q, k, g, beta, G, Y, P, T, scale, H, DK), "delta_prep", DK)
-    o, S_end = torch.empty_like(v), torch.empty_like(state)
-    E, S_chunk = (torch.empty_like(v), q.new_empty(B * H * n // 2, DV, DK)) if save else (q.new_empty(0), q.new_empty(0))
+    o = torch.empty_like(v)
+    S_end = torch.empty_like(S_start)
+    error = torch.empty_like(v) if save else q.new_empty(0)
+    S_chunk = q.new_empty(B * H * n // 2, DV, DK) if save else q.new_empty(0)
     launch(_delta_forward, (triton.cdiv(DV, TUNING["delta_walk"]["BV"]), B * H),
-           (q, k, v, beta, G, Y, P, state, o, E, S_chunk, S_end, T, n, scale, H, DK, DV, save), "delta_walk", DV)
-    return o, S_end, E, S_chunk, G, Y, P
+           (q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_chunk, S_end, T, n, scale, H, DK, DV, save),
+           tuned("delta_walk", q.dtype, DV))
+    return o, S_end, error, S_chunk, log_gamma, inverse, P
 
 
-def _delta_backward_run(q, k, g, beta, do, dS_end, E, S_chunk, G, Y, P, scale):
-    B, T, H, DK, DV, n = *q.shape, do.size(-1), -(-q.size(1) // 64) * 2
-    dq, dk, dg, dbeta, dv, dS0, dS_chunk = map(torch.empty_like, (q, k, g, beta, do, dS_end, S_chunk))
+def _delta_backward_run(launch, q, k, log_alpha, beta, do, dS_end, error, S_chunk, log_gamma, inverse, P, scale):
+    """The gradients of q, k, v, log α, β and the first state."""
+    B, T, H, DK = q.shape
+    DV = do.size(-1)
+    n = 2 * triton.cdiv(T, 64)
+    dv = torch.empty_like(do)
+    dS_chunk = torch.empty_like(S_chunk)
+    dS_start = torch.empty_like(dS_end)
     launch(_delta_backward, (triton.cdiv(DV, TUNING["delta_walk"]["BV"]), B * H),
-           (q, k, do, beta, G, Y, P, dS_end, dv, dS_chunk, dS0, T, n, scale, H, DK, DV), "delta_walk", DV)
+           (q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk, dS_start, T, n, scale, H, DK, DV),
+           tuned("delta_walk", q.dtype, DV))
+
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dlog_alpha = torch.empty_like(log_alpha)
+    dbeta = torch.empty_like(beta)
     launch(_delta_grads, (n // 2, B * H),
-           (q, k, g, beta, do, E, dv, S_chunk, dS_chunk, dq, dk, dg, dbeta, T, scale, H, DK, DV), "delta_grads", DK)
-    return dq, dk, dv, dg, dbeta, dS0
+           (q, k, log_alpha, beta, do, error, dv, S_chunk, dS_chunk, dq, dk, dlog_alpha, dbeta, T, scale, H, DK, DV),
+           tuned("delta_grads", q.dtype, DK))
+    return dq, dk, dv, dlog_alpha, dbeta, dS_start
 
 
-_delta_forward_op, _delta_backward_op = operator(_delta_forward_run, 7), operator(_delta_backward_run, 6)
+_delta_forward_op = operator(_delta_forward_run, 7)
+_delta_backward_op = operator(_delta_backward_run, 6)
 
 
 def _delta_save(ctx, inputs, output):
-    q, k, v, g, beta, state, ctx.scale, _ = inputs
-    _, _, E, S_chunk, G, Y, P = output
-    ctx.save_for_backward(q, k, g, beta, E, S_chunk, G, Y, P)
-    ctx.set_materialize_grads(False)                                # or zeros would be made for everything unused
+    q, k, v, log_alpha, beta, S_start, ctx.scale, save = inputs
+    o, S_end, *saved = output
+    ctx.save_for_backward(q, k, log_alpha, beta, *saved)
+    ctx.set_materialize_grads(False)                                # or zeros would be made for every unused output
 
 
 def _delta_autograd(ctx, do, dS_end, *unused):
-    q, k, g, beta, E, *saved = ctx.saved_tensors
-    do = torch.zeros_like(E) if do is None else do.contiguous()
-    (B, _, H, DK), DV = q.shape, E.size(-1)
-    dS_end = g.new_zeros(B, H, DK, DV) if dS_end is None else dS_end.contiguous()
-    return *_delta_backward_op(q, k, g, beta, do, dS_end, E, *saved, ctx.scale), None, None
+    q, k, log_alpha, beta, error, *saved = ctx.saved_tensors
+    B, T, H, DK = q.shape
+    do = torch.zeros_like(error) if do is None else do.contiguous()
+    dS_end = log_alpha.new_zeros(B, H, DK, error.size(-1)) if dS_end is None else dS_end.contiguous()
+    gradients = _delta_backward_op(q, k, log_alpha, beta, do, dS_end, error, *saved, ctx.scale)
+    return *gradients, None, None                                   # none for scale and save
 
 
 _delta_forward_op.register_autograd(_delta_autograd, setup_context=_delta_save)
 
 
-def _delta_triton(q, k, v, g, beta, S, scale):
-    q, k, v, g, beta, S = (x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.float(), S))
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, S))
-    return _delta_forward_op(q, k, v, g, beta, S, float(scale), save)[:2]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# TTT-Linear
-
-class TTTState(NamedTuple):
-    """The inner model, and the mini-batch that is still running. A new mini-batch has dW = db = 0 and pos = 0."""
-    W: Tensor    # (B,H,D,D)  W_0, the weights at the mini-batch's start
-    b: Tensor    # (B,H,D)    b_0
-    dW: Tensor   # (B,H,D,D)  Σ_j η_j k_jᵀ g_j over the running mini-batch
-    db: Tensor   # (B,H,D)    Σ_j η_j g_j
-    pos: Tensor  # ()         tokens of the running mini-batch seen, 0..K-1; int64 on the CPU, so reading it waits for no GPU
-
-
-def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor, W: Tensor, b: Tensor, ln_weight: Tensor,
-               ln_bias: Tensor, state: TTTState | None = None, impl: str = "auto") -> tuple[Tensor, TTTState]:
-    """One step of gradient descent per mini-batch of K tokens on ℓ_j = ½‖f(k_j) - v_j‖², f(k) = k + LN(k W + b); every
-    gradient is taken at the mini-batch's start (Sun et al. 2024, section 2.4 and appendix A; i = 1..K):
-
-        Z_j = k_j W_0 + b_0                        g_j = ∂ℓ_j/∂Z_j
-        W_i = W_0 - s_i Σ_{j<=i} η_j k_jᵀ g_j      b_i = b_0 - s_i Σ_{j<=i} η_j g_j      o_i = q_i + LN(q_i W_i + b_i)
-
-    q, k, v (B,T,H,D), lr = η (B,T,H), token_scale = s (K,), W (H,D,D) and b (H,D) where every sequence starts,
-    ln_weight, ln_bias (H,D). With a state, W and b are not used and the running mini-batch is continued exactly.
-    Returns o (B,T,H,D) in q's dtype and the new state.
-    """
-    check_impl("ttt_linear", impl, ("auto", "loop", "chunk", "triton"))
-    (B, T, H, D), K = q.shape, len(token_scale)
-    dtype = state_dtype(q.dtype)
-    if state is None:
-        W, b = W.to(dtype).expand(B, H, D, D), b.to(dtype).expand(B, H, D)
-        state, pos = TTTState(W, b, torch.zeros_like(W), torch.zeros_like(b), torch.tensor(0)), 0
-    else:
-        pos = int(state.pos)
-    if T == 0:
-        return q, state
-    supported = q.dtype in KERNEL_DTYPES and D in (32, 64, 128) and K in (16, 32, 64)
-    if use_triton("ttt_linear", impl, q, supported, "float32 or 16-bit, D 32, 64 or 128, K 16, 32 or 64"):
-        return _ttt_triton(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
-    return _ttt_torch(_ttt_loop if impl == "loop" else _ttt_chunk, q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
-
-
-def _ttt_torch(form, q, k, v, lr, s, ln_weight, ln_bias, state, pos):
-    dtype = state_dtype(q.dtype)
-    heads_first = lambda x: x.to(dtype).transpose(1, 2)             # (B,H,T,...)
-    o, state = form(*map(heads_first, (q, k, v, lr[..., None])), s.to(dtype), ln_weight.to(dtype)[:, None],
-                    ln_bias.to(dtype)[:, None], *state[:4], pos)
-    return o.transpose(1, 2).to(q.dtype), state
-
-
-def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(z, z.shape[-1:], eps=LN_EPS) * weight + bias
-
-
-def ttt_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """∂/∂z of ½‖LN(z) - target‖², in closed form: with ẑ = (z-μ)/σ and e = ∂ℓ/∂ẑ,  g = (e - mean(e) - ẑ mean(e ẑ))/σ."""
-    var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
-    inv_sigma = (var + LN_EPS).rsqrt()
-    z_hat = (z - mean) * inv_sigma
-    e = (weight * z_hat + bias - target) * weight
-    return (e - e.mean(-1, keepdim=True) - z_hat * (e * z_hat).mean(-1, keepdim=True)) * inv_sigma
-
-
-def _ttt_loop(q, k, v, lr, s, ln_weight, ln_bias, W, b, dW, db, i):
-    os = []
-    for q_t, k_t, v_t, lr_t in zip(*(x.split(1, 2) for x in (q, k, v, lr))):            # each (B,H,1,·)
-        g = ttt_gradient(k_t @ W + b[:, :, None], v_t - k_t, ln_weight, ln_bias)
-        dW = dW + lr_t * (k_t.mT @ g)
-        db = db + (lr_t * g)[:, :, 0]
-        W_i, b_i = W - s[i] * dW, b - s[i] * db
-        os.append(q_t + layer_norm(q_t @ W_i + b_i[:, :, None], ln_weight, ln_bias))
-        i += 1
-        if i == len(s):
-            W, b, dW, db, i = W_i, b_i, torch.zeros_like(W), torch.zeros_like(b), 0
-    return torch.cat(os, 2), TTTState(W, b, dW, db, torch.tensor(i))
-
-
-def _ttt_chunk(q, k, v, lr, s, ln_weight, ln_bias, W, b, dW, db, i):
-    """The dual form, a mini-batch at a time: no W_i is built, since q_i W_i = q_i W_0 - s_i Σ_{j<=i} (q_i·k_j) η_j g_j.
-    Mini-batches lie on absolute positions, so the first piece is whatever completes the running one."""
-    K, T, zs = len(s), q.size(2), []
-    first = min(K - i, T)
-    cuts = [first] + [K] * ((T - first) // K) + [(T - first) % K] * ((T - first) % K > 0)
-    for q_n, k_n, target, lr_n in zip(*(x.split(cuts, 2) for x in (q, k, v - k, lr))):  # (B,H,n,·), n <= K
-        n = q_n.size(2)
-        g = lr_n * ttt_gradient(k_n @ W + b[:, :, None], target, ln_weight, ln_bias)                # η_j g_j
-        past = (q_n @ k_n.mT + 1).tril() @ g                        # the +1 is the bias's share
-        if i:                                                       # a fresh mini-batch has dW = db = 0
-            past = past + q_n @ dW + db[:, :, None]
-        zs.append(q_n @ W + b[:, :, None] - s[i:i + n, None] * past)
-        dW, db, i = dW + k_n.mT @ g, db + g.sum(2), i + n
-        if i == K:
-            W, b, dW, db, i = W - s[-1] * dW, b - s[-1] * db, torch.zeros_like(W), torch.zeros_like(b), 0
-    return q + layer_norm(torch.cat(zs, 2), ln_weight, ln_bias), TTTState(W, b, dW, db, torch.tensor(i))
+def _delta_triton(q, k, v, g, beta, state, scale):
+    """gated_delta_rule by the kernels, which take contiguous tensors: q, k, v of one dtype, the rest in float32."""
+    inputs = [x.contiguous() for x in (q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.float(), state)]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    o, state, *_ = _delta_forward_op(*inputs, float(scale), save)
+    return o, state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # TTT-Linear in Triton
 #
-# W and b walk from mini-batch to mini-batch and LayerNorm needs whole rows, so there is one program a head and T/K steps
-# in a chain, each as short as it can be. The reverse walk is the same chain for dW and db; for it the forward pass
-# leaves ẑ and 1/σ of both LayerNorms. All that only *uses* W or dW, dq and dk, leaves the chain: with W at the start
-# and dW at the end of every 64 tokens, the W of a mini-batch in between is a sum over the tokens before it, and a
-# kernel parallel over chunks of 64 does the rest with masks, as in attention. See _ttt_grads.
+# W and b walk from mini-batch to mini-batch, and LayerNorm needs whole rows. So there is one program for a head and a
+# chain of T/K steps, each as short as it can be (_ttt_forward). The reverse walk is the same chain for dW and db
+# (_ttt_backward); for it the forward pass leaves ẑ and 1/σ of both LayerNorms, that of a key's answer Z = K W + b and
+# that of a query's answer Zq. What only uses W or dW leaves the chain: the outputs, dq and dk. They need W at the start
+# and dW at the end of every 64 tokens. In between, the W of a mini-batch is a sum over the tokens before it, so that a
+# kernel that is parallel over chunks of 64 does the rest with masks, as in attention (_ttt_output and _ttt_grads).
+#
+# G stands for the rows η_j ∇_j, which the kernels keep as lr_grad. LN's derivative takes a gradient e at ẑ to
+# (e - mean e - ẑ mean(e ẑ))/σ at Z.
 
 @kernel
-def _ttt_forward(k, v, lr, s, W0, b0, ln_weight, ln_bias, g, z, r, W_chunk, b_chunk, W_end, b_end, T, n, EPS: tl.constexpr,
-                 H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-    """Z = K W + b      r = 1/σ(Z), ẑ = r (Z - mean Z)      g = η ∂ℓ/∂Z      W <- W - s_K Kᵀ g      b <- b - s_K Σ g
+def _centred(b_e, b_z_hat, D: tl.constexpr):
+    """e - mean e - ẑ mean(e ẑ), the derivative of LayerNorm times σ, for rows of length D."""
+    return b_e - tl.sum(b_e, 1)[:, None] / D - b_z_hat * (tl.sum(b_e * b_z_hat, 1) / D)[:, None]
 
-    One program a head; it walks the mini-batches. In registers: W (D, D) and b in float32. Reads k, v, η, writes g,
-    and W, b at the start of every 64 tokens; for the backward ẑ and r. The step of W is taken at the start of the next
-    iteration: the compiler cuts all products of a loop as it cuts the last one, and that should be K W, whose columns
-    the warps can share. A mini-batch of more than 16 tokens is walked in pieces of 16, for all of which W and b stay
-    what they were at its start."""
+
+@kernel
+def _ttt_forward(k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, lr_grad, z_hat, inv_sigma, W_chunk,
+                 b_chunk, W_end, b_end, T, n, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+                 SAVE: tl.constexpr, PREC: tl.constexpr):
+    """Z = K W + b      1/σ = 1/σ(Z), ẑ = (Z - mean Z)/σ      G = η ∂ℓ/∂Z      W <- W - s_K Kᵀ G      b <- b - s_K Σ G
+
+    There is one program for a head; it walks the mini-batches. In registers are W (D, D) and b in float32. It reads k,
+    v and η, and writes G, and W and b at the start of every 64 tokens; for the backward pass also ẑ and 1/σ. A step of
+    W is taken at the start of the next iteration: the compiler cuts all products of a loop as it cuts the last one, and
+    that should be K W, whose columns the warps can share. A mini-batch of more than 16 tokens is walked in pieces of
+    16. W_start and b_start are those of the first mini-batch; in registers b_W_start and b_b_start are those of the
+    running one, which all of its pieces use."""
     i_bh = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_i, o_d = tl.arange(0, 16), tl.arange(0, D)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_i = tl.arange(0, 16)
+    o_d = tl.arange(0, D)
     p_D = (i_b * T * H + i_h) * D
-    k, v, g, z, lr, r = k + p_D, v + p_D, g + p_D, z + p_D, lr + i_b * T * H + i_h, r + i_b * T * H + i_h
+    p_T = i_b * T * H + i_h
+    k = k + p_D
+    v = v + p_D
+    lr_grad = lr_grad + p_D
+    z_hat = z_hat + p_D
+    lr = lr + p_T
+    inv_sigma = inv_sigma + p_T
     p_W = o_d[:, None] * D + o_d[None, :]
-    b_W, b_b = tl.load(W0 + i_bh * D * D + p_W), tl.load(b0 + i_bh * D + o_d)
-    b_weight, b_bias = tl.load(ln_weight + i_h * D + o_d)[None, :], tl.load(ln_bias + i_h * D + o_d)[None, :]
-    b_sK = tl.load(s + K - 1)
-    p_last = (o_i[:, None] - 16) * (H * D) + o_d[None, :]           # the piece before
-    b_step = tl.zeros([16, D], k.dtype.element_ty)
-    b_w, b_b0 = b_W.to(k.dtype.element_ty), b_b
+    b_W = tl.load(W_start + i_bh * D * D + p_W)
+    b_b = tl.load(b_start + i_bh * D + o_d)
+    b_weight = tl.load(ln_weight + i_h * D + o_d)[None, :]
+    b_bias = tl.load(ln_bias + i_h * D + o_d)[None, :]
+    b_scale_K = tl.load(token_scale + K - 1)
+    p_before = (o_i[:, None] - 16) * (H * D) + o_d[None, :]         # the piece before
+    b_step = tl.zeros([16, D], k.dtype.element_ty)                  # its -s_K G
+    b_W_start = b_W.to(k.dtype.element_ty)
+    b_b_start = b_b
     for i_n in range(n):
-        b_k = tl.load(k + i_n * 16 * H * D + p_last, mask=i_n > 0, other=0.0)
+        # the step of the piece before:  W <- W - s_K Kᵀ G
+        b_k = tl.load(k + i_n * 16 * H * D + p_before, mask=i_n > 0, other=0.0)
         b_W = tl.dot(tl.trans(b_k), b_step, b_W, input_precision=PREC)
+
+        # this piece; a mini-batch starts with every (K/16)th, and a chunk of 64 tokens with every 4th
         p_x = (i_n * 16 + o_i[:, None]) * (H * D) + o_d[None, :]
         p_t = (i_n * 16 + o_i) * H
-        b_k, b_v, b_lr = tl.load(k + p_x), tl.load(v + p_x), tl.load(lr + p_t)
+        b_k = tl.load(k + p_x)
+        b_v = tl.load(v + p_x)
+        b_lr = tl.load(lr + p_t)
         if i_n % (K // 16) == 0:
-            b_w, b_b0 = b_W.to(b_k.dtype), b_b
+            b_W_start = b_W.to(b_k.dtype)
+            b_b_start = b_b
         if i_n % 4 == 0:
             i_c = i_bh * tl.cdiv(T, 64) + i_n // 4
-            tl.store(W_chunk + i_c * D * D + p_W, b_w)
+            tl.store(W_chunk + i_c * D * D + p_W, b_W_start)
             tl.store(b_chunk + i_c * D + o_d, b_b)
-        b_z = tl.dot(b_k, b_w, input_precision=PREC) + b_b0[None, :]
+
+        # Z = K W + b, and its LayerNorm without weight and bias
+        b_z = tl.dot(b_k, b_W_start, input_precision=PREC) + b_b_start[None, :]
         b_z -= tl.sum(b_z, 1)[:, None] / D
-        b_r = tl.rsqrt(tl.sum(b_z * b_z, 1) / D + EPS)
-        b_z *= b_r[:, None]
-        b_e = (b_weight * b_z + b_bias + b_k - b_v) * b_weight                          # ∂ℓ/∂ẑ
-        b_g = b_e - tl.sum(b_e, 1)[:, None] / D - b_z * (tl.sum(b_e * b_z, 1) / D)[:, None]
-        b_g *= (b_r * b_lr)[:, None]
-        tl.store(g + p_x, b_g.to(b_k.dtype))
+        b_inv_sigma = tl.rsqrt(tl.sum(b_z * b_z, 1) / D + EPS)
+        b_z_hat = b_z * b_inv_sigma[:, None]
+
+        # e = ∂ℓ/∂ẑ      G = η (e - mean e - ẑ mean(e ẑ))/σ
+        b_e = (b_weight * b_z_hat + b_bias + b_k - b_v) * b_weight
+        b_lr_grad = _centred(b_e, b_z_hat, D) * (b_inv_sigma * b_lr)[:, None]
+        tl.store(lr_grad + p_x, b_lr_grad.to(b_k.dtype))
         if SAVE:
-            tl.store(z + p_x, b_z.to(b_k.dtype))
-            tl.store(r + p_t, b_r)
-        b_step = (b_g * -b_sK).to(b_k.dtype)
-        b_b -= b_sK * tl.sum(b_g, 0)
-    b_W = tl.dot(tl.trans(tl.load(k + n * 16 * H * D + p_last)), b_step, b_W, input_precision=PREC)
+            tl.store(z_hat + p_x, b_z_hat.to(b_k.dtype))
+            tl.store(inv_sigma + p_t, b_inv_sigma)
+        b_step = (b_lr_grad * -b_scale_K).to(b_k.dtype)
+        b_b -= b_scale_K * tl.sum(b_lr_grad, 0)
+
+    # the step of the last piece
+    b_k = tl.load(k + n * 16 * H * D + p_before)
+    b_W = tl.dot(tl.trans(b_k), b_step, b_W, input_precision=PREC)
     tl.store(W_end + i_bh * D * D + p_W, b_W)
     tl.store(b_end + i_bh * D + o_d, b_b)
 
 
 @kernel
-def _ttt_output(q, k, g, s, ln_weight, ln_bias, W_chunk, b_chunk, o, zq, rq, T, EPS: tl.constexpr, H: tl.constexpr,
-                D: tl.constexpr, K: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-    """Zq = Q W + b - (Q Kᵀ + 1 ⊙ M) g      M_ij = s_K for j in an earlier mini-batch, s_i for j <= i in the same one
+def _ttt_output(q, k, lr_grad, token_scale, ln_weight, ln_bias, W_chunk, b_chunk, o, zq_hat, inv_sigma_q, T,
+                EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SAVE: tl.constexpr,
+                PREC: tl.constexpr):
+    """Zq = Q W + b - ((Q Kᵀ + 1) ⊙ M) G      M_ij = s_K for j in an earlier mini-batch, s_i for j <= i in the same one
     o = q + LN(Zq)
 
-    One program a chunk of 64 tokens and head, W and b those of its start. In registers: the 64×64 weights, Zqᵀ (D, 64).
-    Reads q, k, g, W, writes o; for the backward ẑq and r_q."""
-    i_n, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_c, o_d = tl.arange(0, 64), tl.arange(0, D)
+    There is one program for a chunk of 64 tokens and head; W and b are those of its start. In registers are the 64×64
+    weights and Zqᵀ (D, 64). It reads q, k, G and W, and writes o; for the backward pass also ẑq and 1/σq."""
+    i_n = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_c = tl.arange(0, 64)
+    o_d = tl.arange(0, D)
     o_t = i_n * 64 + o_c
     m_t = o_t < T
     p_D = (i_b * T * H + i_h) * D
-    q, k, g, o, zq = q + p_D, k + p_D, g + p_D, o + p_D, zq + p_D
-    p_x = o_t[None, :] * (H * D) + o_d[:, None]                     # (D, 64)
+    q = q + p_D
+    k = k + p_D
+    lr_grad = lr_grad + p_D
+    o = o + p_D
+    zq_hat = zq_hat + p_D
+    p_x = o_t[None, :] * (H * D) + o_d[:, None]                     # (D, 64): Qᵀ
     i_c = i_bh * tl.num_programs(0) + i_n
     b_q = tl.load(q + p_x, mask=m_t[None, :], other=0.0)
     b_k = tl.load(k + p_x, mask=m_t[None, :], other=0.0)
-    b_g = tl.load(g + p_x, mask=m_t[None, :], other=0.0)
+    b_lr_grad = tl.load(lr_grad + p_x, mask=m_t[None, :], other=0.0)
+
+    # (Q Kᵀ + 1) ⊙ M
     m_own = ((o_c[:, None] // K) == (o_c[None, :] // K)) & (o_c[:, None] >= o_c[None, :])
-    b_M = tl.where(m_own, tl.load(s + o_c % K)[:, None], 0.0)
-    b_M = tl.where((o_c[:, None] // K) > (o_c[None, :] // K), tl.load(s + K - 1), b_M)
+    b_M = tl.where(m_own, tl.load(token_scale + o_c % K)[:, None], 0.0)
+    b_M = tl.where((o_c[:, None] // K) > (o_c[None, :] // K), tl.load(token_scale + K - 1), b_M)
     b_M *= tl.dot(tl.trans(b_q), b_k, input_precision=PREC) + 1.0
+
+    # Zqᵀ, and its LayerNorm without weight and bias
     b_W = tl.load(W_chunk + i_c * D * D + o_d[None, :] * D + o_d[:, None])              # Wᵀ
     b_z = tl.dot(b_W, b_q, input_precision=PREC) + tl.load(b_chunk + i_c * D + o_d)[:, None]
-    b_z -= tl.dot(b_g, tl.trans(b_M.to(b_g.dtype)), input_precision=PREC)
+    b_z -= tl.dot(b_lr_grad, tl.trans(b_M.to(b_lr_grad.dtype)), input_precision=PREC)
     b_z -= tl.sum(b_z, 0)[None, :] / D
-    b_r = tl.rsqrt(tl.sum(b_z * b_z, 0) / D + EPS)
-    b_z *= b_r[None, :]
-    b_o = b_q + tl.load(ln_weight + i_h * D + o_d)[:, None] * b_z + tl.load(ln_bias + i_h * D + o_d)[:, None]
+    b_inv_sigma = tl.rsqrt(tl.sum(b_z * b_z, 0) / D + EPS)
+    b_z_hat = b_z * b_inv_sigma[None, :]
+
+    # o = q + LN(Zq)
+    b_o = b_q + tl.load(ln_weight + i_h * D + o_d)[:, None] * b_z_hat + tl.load(ln_bias + i_h * D + o_d)[:, None]
     tl.store(o + p_x, b_o.to(b_q.dtype), mask=m_t[None, :])
     if SAVE:
-        tl.store(zq + p_x, b_z.to(b_q.dtype), mask=m_t[None, :])
-        tl.store(rq + i_b * T * H + i_h + o_t * H, b_r, mask=m_t)
+        tl.store(zq_hat + p_x, b_z_hat.to(b_q.dtype), mask=m_t[None, :])
+        tl.store(inv_sigma_q + i_b * T * H + i_h + o_t * H, b_inv_sigma, mask=m_t)
 
 
 @kernel
-def _ttt_backward(q, k, v, lr, s, ln_weight, ln_bias, z, r, zq, rq, do, dW_end, db_end, dv, dz, dzq, dlr, ds, dln_weight,
-                  dln_bias, dW_chunk, dW0, db0, T, n, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PREC: tl.constexpr):
-    """With y = do·w and Y = K dW + db (what the next mini-batch asks for; u, h, m, a are rows of the closed form of g):
+def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma, zq_hat, inv_sigma_q, do, dW_end,
+                  db_end, dv, dz, dzq, dlr, dscale_K, dln_weight, dln_bias, dW_chunk, dW_start, db_start, T, n,
+                  H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PREC: tl.constexpr):
+    """With y = do ⊙ w, r = 1/σ, and Y = K dW + db, which is what the next mini-batch asks for:
 
-        dZq = r_q (y - mean y - ẑq mean(y ẑq))             dg = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K Y
-        g/r = h = e - mean e - ẑ m,  m = mean(e ẑ)         dη = dg·g      u = η r dg      de = u - mean u - ẑ a,  a = mean(u ẑ)
+        dZq = r_q (y - mean y - ẑq mean(y ẑq))             dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K Y
+        h = e - mean e - ẑ m,  m = mean(e ẑ)               G = η r h      dη = r dG·h      u = η r dG
+        de = u - mean u - ẑ a,  a = mean(u ẑ)              dv = -w de
         dẑ = w² de - m u - a e                             dZ = r (dẑ - mean dẑ - ẑ (mean(dẑ ẑ) + mean(u h)))
-        dv = -w de                                         dW <- dW + Kᵀ dZ + Qᵀ dZq      db <- db + Σ dZ + dZq
+        dW <- dW + Kᵀ dZ + Qᵀ dZq                          db <- db + Σ dZ + dZq
 
-    One program a head; it walks the mini-batches in reverse. In registers: dW and db in float32, and the gradients of
-    the LayerNorm's weights. Reads q, k, v, do, ẑ, ẑq, writes dv, dZ, dZq, and dW at the end of every 64 tokens. W does
-    not appear: what depended on it is in ẑ and ẑq. A mini-batch of more than 16 tokens is walked in pieces of 16; what
-    the later pieces ask of the earlier ones through Q Kᵀ + 1 is collected in X = Σ s qᵀ dZq and x = Σ s dZq."""
+    There is one program for a head; it walks the mini-batches in reverse. In registers are dW and db in float32, and
+    the gradients of the LayerNorm's weight and bias. It reads q, k, v, do, ẑ and ẑq, and writes dv, dZ, dZq, and dW at
+    the end of every 64 tokens. W does not appear, because what depended on it is in ẑ and ẑq. As in _ttt_forward the
+    step of dW is taken one piece late, and a mini-batch of more than 16 tokens is walked in pieces of 16, for all of
+    which b_dW_end and b_db_end are those at its end. What its later pieces ask of the earlier ones through Q Kᵀ + 1 is
+    collected in X = Σ s qᵀ dZq and x = Σ s dZq."""
     i_bh = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_i, o_d = tl.arange(0, 16), tl.arange(0, D)
-    p_D, p_T = (i_b * T * H + i_h) * D, i_b * T * H + i_h
-    q, k, v, z, zq, do, dv, dz, dzq = (q + p_D, k + p_D, v + p_D, z + p_D, zq + p_D, do + p_D, dv + p_D, dz + p_D,
-                                       dzq + p_D)
-    lr, r, rq, dlr = lr + p_T, r + p_T, rq + p_T, dlr + p_T
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_i = tl.arange(0, 16)
+    o_d = tl.arange(0, D)
+    p_D = (i_b * T * H + i_h) * D
+    p_T = i_b * T * H + i_h
+    q = q + p_D
+    k = k + p_D
+    v = v + p_D
+    z_hat = z_hat + p_D
+    zq_hat = zq_hat + p_D
+    do = do + p_D
+    dv = dv + p_D
+    dz = dz + p_D
+    dzq = dzq + p_D
+    lr = lr + p_T
+    inv_sigma = inv_sigma + p_T
+    inv_sigma_q = inv_sigma_q + p_T
+    dlr = dlr + p_T
+
+    # what walks: dW and db, and the piece after this one, whose step of dW and X is still to be taken
     p_W = o_d[:, None] * D + o_d[None, :]
-    b_dW, b_db = tl.load(dW_end + i_bh * D * D + p_W), tl.load(db_end + i_bh * D + o_d)
-    b_weight, b_bias = tl.load(ln_weight + i_h * D + o_d)[None, :], tl.load(ln_bias + i_h * D + o_d)[None, :]
-    b_sK, b_ds = tl.load(s + K - 1), tl.zeros([16], tl.float32)
-    b_dweight, b_dbias = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-    b_dz, b_dzq = tl.zeros([16, D], k.dtype.element_ty), tl.zeros([16, D], k.dtype.element_ty)
-    b_sdzq = tl.zeros([16, D], k.dtype.element_ty)
-    b_dw, b_db0 = b_dW.to(k.dtype.element_ty), b_db
-    b_X, b_x = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
+    b_dW = tl.load(dW_end + i_bh * D * D + p_W)
+    b_db = tl.load(db_end + i_bh * D + o_d)
+    b_weight = tl.load(ln_weight + i_h * D + o_d)[None, :]
+    b_bias = tl.load(ln_bias + i_h * D + o_d)[None, :]
+    b_scale_K = tl.load(token_scale + K - 1)
+    b_dscale_K = tl.zeros([16], tl.float32)
+    b_dweight = tl.zeros([D], tl.float32)
+    b_dbias = tl.zeros([D], tl.float32)
+    b_late_dz = tl.zeros([16, D], k.dtype.element_ty)
+    b_late_dzq = tl.zeros([16, D], k.dtype.element_ty)
+    b_late_scaled_dzq = tl.zeros([16, D], k.dtype.element_ty)
+    b_dW_end = b_dW.to(k.dtype.element_ty)
+    b_db_end = b_db
+    b_X = tl.zeros([D, D], tl.float32)
+    b_x = tl.zeros([D], tl.float32)
     for i in range(n):
+        # the step of the piece after:  dW <- dW + Kᵀ dZ + Qᵀ dZq
         i_n = n - 1 - i
-        p_x = (i_n * 16 + 16 + o_i[:, None]) * (H * D) + o_d[None, :]   # the step of dW, one piece late as forward
-        b_q, b_k = tl.load(q + p_x, mask=i > 0, other=0.0), tl.load(k + p_x, mask=i > 0, other=0.0)
-        b_dW = tl.dot(tl.trans(b_q), b_dzq, b_dW, input_precision=PREC)
-        b_dW = tl.dot(tl.trans(b_k), b_dz, b_dW, input_precision=PREC)
+        p_x = (i_n * 16 + 16 + o_i[:, None]) * (H * D) + o_d[None, :]
+        b_q = tl.load(q + p_x, mask=i > 0, other=0.0)
+        b_k = tl.load(k + p_x, mask=i > 0, other=0.0)
+        b_dW = tl.dot(tl.trans(b_q), b_late_dzq, b_dW, input_precision=PREC)
+        b_dW = tl.dot(tl.trans(b_k), b_late_dz, b_dW, input_precision=PREC)
         if K > 16:
-            b_X = tl.dot(tl.trans(b_q), b_sdzq, b_X, input_precision=PREC)
-            if i_n % (K // 16) == K // 16 - 1:                      # a new mini-batch
-                b_dw, b_db0 = b_dW.to(b_k.dtype), b_db
-                b_X, b_x = b_X * 0.0, b_x * 0.0
+            b_X = tl.dot(tl.trans(b_q), b_late_scaled_dzq, b_X, input_precision=PREC)
+            if i_n % (K // 16) == K // 16 - 1:                      # a mini-batch's last piece, the first one met
+                b_dW_end = b_dW.to(b_k.dtype)
+                b_db_end = b_db
+                b_X = b_X * 0.0
+                b_x = b_x * 0.0
         else:
-            b_dw, b_db0 = b_dW.to(b_k.dtype), b_db
+            b_dW_end = b_dW.to(b_k.dtype)
+            b_db_end = b_db
+
+        # this piece
         p_x = (i_n * 16 + o_i[:, None]) * (H * D) + o_d[None, :]
         p_t = (i_n * 16 + o_i) * H
-        b_q, b_k, b_v, b_do = tl.load(q + p_x), tl.load(k + p_x), tl.load(v + p_x), tl.load(do + p_x).to(tl.float32)
-        b_z, b_zq = tl.load(z + p_x).to(tl.float32), tl.load(zq + p_x).to(tl.float32)
-        b_lr, b_r, b_rq = tl.load(lr + p_t)[:, None], tl.load(r + p_t)[:, None], tl.load(rq + p_t)[:, None]
+        b_q = tl.load(q + p_x)
+        b_k = tl.load(k + p_x)
+        b_v = tl.load(v + p_x)
+        b_do = tl.load(do + p_x).to(tl.float32)
+        b_z_hat = tl.load(z_hat + p_x).to(tl.float32)
+        b_zq_hat = tl.load(zq_hat + p_x).to(tl.float32)
+        b_lr = tl.load(lr + p_t)[:, None]
+        b_r = tl.load(inv_sigma + p_t)[:, None]
+        b_r_q = tl.load(inv_sigma_q + p_t)[:, None]
         if (i_n + 1) % 4 == 0 or i == 0:
-            tl.store(dW_chunk + (i_bh * tl.cdiv(T, 64) + i_n // 4) * D * D + p_W, b_dw)
-        b_y = b_do * b_weight
-        b_yq = b_rq * (b_y - tl.sum(b_y, 1)[:, None] / D - b_zq * (tl.sum(b_y * b_zq, 1)[:, None] / D))
-        b_syq = tl.load(s + i_n % (K // 16) * 16 + o_i)[:, None] * b_yq
-        b_sdzq = b_syq.to(b_k.dtype)
-        b_P = tl.where(o_i[:, None] >= o_i[None, :], tl.dot(b_q, tl.trans(b_k), input_precision=PREC) + 1.0, 0.0)
-        b_Y = tl.dot(b_k, b_dw, input_precision=PREC) + b_db0[None, :]
-        b_dg = -tl.dot(tl.trans(b_P.to(b_k.dtype)), b_sdzq, input_precision=PREC) - b_sK * b_Y
-        if K > 16:
-            b_dg -= tl.dot(b_k, b_X.to(b_k.dtype), input_precision=PREC) + b_x[None, :]
-            b_x += tl.sum(b_syq, 0)
+            tl.store(dW_chunk + (i_bh * tl.cdiv(T, 64) + i_n // 4) * D * D + p_W, b_dW_end)
 
-        b_error = b_weight * b_z + b_bias + b_k - b_v
+        # dZq, through the LayerNorm of the query's answer
+        b_dzq = b_r_q * _centred(b_do * b_weight, b_zq_hat, D)
+        b_scaled_dzq = tl.load(token_scale + i_n % (K // 16) * 16 + o_i)[:, None] * b_dzq
+        b_late_scaled_dzq = b_scaled_dzq.to(b_k.dtype)
+
+        # dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K Y, and what the later pieces ask for:  -(K X + x)
+        b_QK = tl.where(o_i[:, None] >= o_i[None, :], tl.dot(b_q, tl.trans(b_k), input_precision=PREC) + 1.0, 0.0)
+        b_Y = tl.dot(b_k, b_dW_end, input_precision=PREC) + b_db_end[None, :]
+        b_dG = -tl.dot(tl.trans(b_QK.to(b_k.dtype)), b_late_scaled_dzq, input_precision=PREC) - b_scale_K * b_Y
+        if K > 16:
+            b_dG -= tl.dot(b_k, b_X.to(b_k.dtype), input_precision=PREC) + b_x[None, :]
+            b_x += tl.sum(b_scaled_dzq, 0)
+
+        # the inner gradient once more, as G = η r h
+        b_error = b_weight * b_z_hat + b_bias + b_k - b_v
         b_e = b_error * b_weight
-        b_m = tl.sum(b_e * b_z, 1)[:, None] / D
-        b_h = b_e - tl.sum(b_e, 1)[:, None] / D - b_z * b_m
-        tl.store(dlr + p_t, tl.sum(b_dg * b_h * b_r, 1))
-        b_ds -= tl.sum(b_Y * b_h * (b_r * b_lr), 1)                 # all of it belongs to s_K
-        b_u = b_dg * (b_lr * b_r)
-        b_a = tl.sum(b_u * b_z, 1)[:, None] / D
-        b_de = b_u - tl.sum(b_u, 1)[:, None] / D - b_z * b_a
-        b_dweight += tl.sum(b_do * b_zq + b_de * (b_error + b_weight * b_z), 0)
+        b_m = tl.sum(b_e * b_z_hat, 1)[:, None] / D
+        b_h = _centred(b_e, b_z_hat, D)
+
+        # dη = r dG·h; that of s_K here is all that the step of W adds to it
+        tl.store(dlr + p_t, tl.sum(b_dG * b_h * b_r, 1))
+        b_dscale_K -= tl.sum(b_Y * b_h * (b_r * b_lr), 1)
+
+        # u = η r dG      de = u - mean u - ẑ a      dv = -w de, and the gradients of the LayerNorm's weight and bias
+        b_u = b_dG * (b_lr * b_r)
+        b_a = tl.sum(b_u * b_z_hat, 1)[:, None] / D
+        b_de = _centred(b_u, b_z_hat, D)
+        b_dweight += tl.sum(b_do * b_zq_hat + b_de * (b_error + b_weight * b_z_hat), 0)
         b_dbias += tl.sum(b_do + b_de * b_weight, 0)
         tl.store(dv + p_x, (b_de * -b_weight).to(b_k.dtype))
-        b_y = b_weight * b_weight * b_de - b_u * b_m - b_e * b_a    # dẑ
-        b_y = b_r * (b_y - tl.sum(b_y, 1)[:, None] / D - b_z * (tl.sum(b_y * b_z + b_u * b_h, 1)[:, None] / D))
-        b_db += tl.sum(b_y + b_yq, 0)
-        b_dz, b_dzq = b_y.to(b_k.dtype), b_yq.to(b_k.dtype)
-        tl.store(dz + p_x, b_dz)
-        tl.store(dzq + p_x, b_dzq)
+
+        # dẑ = w² de - m u - a e      dZ = r (dẑ - mean dẑ - ẑ (mean(dẑ ẑ) + mean(u h)))
+        b_dz_hat = b_weight * b_weight * b_de - b_u * b_m - b_e * b_a
+        b_along = tl.sum(b_dz_hat * b_z_hat + b_u * b_h, 1)[:, None] / D
+        b_dz = b_r * (b_dz_hat - tl.sum(b_dz_hat, 1)[:, None] / D - b_z_hat * b_along)
+        b_db += tl.sum(b_dz + b_dzq, 0)
+        b_late_dz = b_dz.to(b_k.dtype)
+        b_late_dzq = b_dzq.to(b_k.dtype)
+        tl.store(dz + p_x, b_late_dz)
+        tl.store(dzq + p_x, b_late_dzq)
+
+    # the step of the first piece
     p_x = o_i[:, None] * (H * D) + o_d[None, :]
-    b_dW = tl.dot(tl.trans(tl.load(q + p_x)), b_dzq, b_dW, input_precision=PREC)
-    b_dW = tl.dot(tl.trans(tl.load(k + p_x)), b_dz, b_dW, input_precision=PREC)
-    tl.store(dW0 + i_bh * D * D + p_W, b_dW)
-    tl.store(db0 + i_bh * D + o_d, b_db)
-    tl.store(ds + i_bh, tl.sum(b_ds, 0))
+    b_dW = tl.dot(tl.trans(tl.load(q + p_x)), b_late_dzq, b_dW, input_precision=PREC)
+    b_dW = tl.dot(tl.trans(tl.load(k + p_x)), b_late_dz, b_dW, input_precision=PREC)
+    tl.store(dW_start + i_bh * D * D + p_W, b_dW)
+    tl.store(db_start + i_bh * D + o_d, b_db)
+    tl.store(dscale_K + i_bh, tl.sum(b_dscale_K, 0))
     tl.store(dln_weight + i_bh * D + o_d, b_dweight)
     tl.store(dln_bias + i_bh * D + o_d, b_dbias)
 
 
 @kernel
-def _ttt_grads(q, k, s, g, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, ds, T, H: tl.constexpr, D: tl.constexpr,
-               K: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
-    """Token i sees g_j through W if j is in an earlier mini-batch (weight s_K), through tril(Q Kᵀ + 1) if in its own
-    (weight s_i), and W at the chunk's start for all before that. With W, dW at the chunk's start and end:
+def _ttt_grads(q, k, token_scale, lr_grad, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, dscale, T, H: tl.constexpr,
+               D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
+    """Token i sees row j of G through W if j is in an earlier mini-batch (with weight s_K), and through tril(Q Kᵀ + 1)
+    if j is in its own (with weight s_i). Of all that was before the chunk it sees W. With W at the chunk's start and dW
+    at its end:
 
-        A_ij = dZq_i·g_j (s_K | s_i)      B_ij = s_K dZ_i·g_j, earlier mini-batches only
-        dq = do + dZq Wᵀ - A K            dk = -dv + dZ Wᵀ - s_K g dWᵀ - (B + Bᵀ) K - Aᵀ Q
-        ds_i = -Σ_j dZq_i·g_j (q_i·k_j + 1), own mini-batch
+        A_ij = dZq_i·G_j (s_K | s_i)      B_ij = s_K dZ_i·G_j, earlier mini-batches only
+        dq = do + dZq Wᵀ - A K            dk = -dv + dZ Wᵀ - s_K G dWᵀ - (B + Bᵀ) K - Aᵀ Q
+        ds_i = -Σ_j dZq_i·G_j (q_i·k_j + 1), own mini-batch
 
-    One program a chunk of 64 tokens and head. In registers: A and B + Bᵀ, and BD rows of dqᵀ and dkᵀ at a time. Reads
-    q, k, g, dZ, dZq, do, dv, W, dW and writes dq, dk, all once."""
-    i_n, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_c, o_d = tl.arange(0, 64), tl.arange(0, D)
+    There is one program for a chunk of 64 tokens and head. In registers are A and B + Bᵀ, and BD rows of dqᵀ and dkᵀ at
+    a time. It reads q, k, G, dZ, dZq, do, dv, W and dW, and writes dq and dk, all once."""
+    i_n = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_c = tl.arange(0, 64)
+    o_d = tl.arange(0, D)
     o_t = i_n * 64 + o_c
     m_t = o_t < T
     p_D = (i_b * T * H + i_h) * D
-    q, k, g, dz, dzq, do, dv, dq, dk = (q + p_D, k + p_D, g + p_D, dz + p_D, dzq + p_D, do + p_D, dv + p_D, dq + p_D,
-                                        dk + p_D)
-    p_x = o_t[:, None] * (H * D) + o_d[None, :]
+    q = q + p_D
+    k = k + p_D
+    lr_grad = lr_grad + p_D
+    dz = dz + p_D
+    dzq = dzq + p_D
+    do = do + p_D
+    dv = dv + p_D
+    dq = dq + p_D
+    dk = dk + p_D
+    p_x = o_t[:, None] * (H * D) + o_d[None, :]                     # (64, D)
     p_W = (i_bh * tl.num_programs(0) + i_n) * D * D
-    b_s, b_sK = tl.load(s + o_c % K), tl.load(s + K - 1)
+    b_scale = tl.load(token_scale + o_c % K)
+    b_scale_K = tl.load(token_scale + K - 1)
     m_own = ((o_c[:, None] // K) == (o_c[None, :] // K)) & (o_c[:, None] >= o_c[None, :])
     m_earlier = (o_c[:, None] // K) > (o_c[None, :] // K)
+
+    # ds_i = -Σ_j dZq_i·G_j (q_i·k_j + 1)
     b_QK = tl.dot(tl.load(q + p_x, mask=m_t[:, None], other=0.0),
                   tl.trans(tl.load(k + p_x, mask=m_t[:, None], other=0.0)), input_precision=PREC)
-    b_g = tl.load(g + p_x, mask=m_t[:, None], other=0.0)
+    b_lr_grad = tl.load(lr_grad + p_x, mask=m_t[:, None], other=0.0)
     b_dz = tl.load(dz + p_x, mask=m_t[:, None], other=0.0)
     b_dzq = tl.load(dzq + p_x, mask=m_t[:, None], other=0.0)
-    b_A = tl.dot(b_dzq, tl.trans(b_g), input_precision=PREC)
-    b_ds = -tl.sum(tl.where(m_own, b_A * (b_QK + 1.0), 0.0), 1)
-    tl.store(ds + i_b * T * H + i_h + o_t * H, b_ds, mask=m_t)
-    b_A = (b_A * tl.where(m_own, b_s[:, None], tl.where(m_earlier, b_sK, 0.0))).to(b_g.dtype)
-    b_B = tl.where(m_earlier, tl.dot(b_dz, tl.trans(b_g), input_precision=PREC) * b_sK, 0.0).to(b_g.dtype)
+    b_A = tl.dot(b_dzq, tl.trans(b_lr_grad), input_precision=PREC)
+    b_dscale = -tl.sum(tl.where(m_own, b_A * (b_QK + 1.0), 0.0), 1)
+    tl.store(dscale + i_b * T * H + i_h + o_t * H, b_dscale, mask=m_t)
+
+    # A, and B + Bᵀ
+    b_A = (b_A * tl.where(m_own, b_scale[:, None], tl.where(m_earlier, b_scale_K, 0.0))).to(b_lr_grad.dtype)
+    b_B = tl.dot(b_dz, tl.trans(b_lr_grad), input_precision=PREC) * b_scale_K
+    b_B = tl.where(m_earlier, b_B, 0.0).to(b_lr_grad.dtype)
     b_B += tl.trans(b_B)
     for i_d in range(D // BD):
         o_k = i_d * BD + tl.arange(0, BD)
@@ -840,216 +1235,335 @@ def _ttt_grads(q, k, s, g, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, ds, T, H:
         b_k = tl.load(k + p_k, mask=m_t[None, :], other=0.0)
         b_W = tl.load(W_chunk + p_W + o_k[:, None] * D + o_d[None, :])
         b_dW = tl.load(dW_chunk + p_W + o_k[:, None] * D + o_d[None, :])
+
+        # dqᵀ = doᵀ + (dZq Wᵀ)ᵀ - (A K)ᵀ
         b_dq = tl.dot(b_W, tl.trans(b_dzq), input_precision=PREC) - tl.dot(b_k, tl.trans(b_A), input_precision=PREC)
         b_dq += tl.load(do + p_k, mask=m_t[None, :], other=0.0)
-        tl.store(dq + p_k, b_dq.to(b_g.dtype), mask=m_t[None, :])
-        b_dk = tl.dot(b_W, tl.trans(b_dz), input_precision=PREC) - b_sK * tl.dot(b_dW, tl.trans(b_g), input_precision=PREC)
+        tl.store(dq + p_k, b_dq.to(b_lr_grad.dtype), mask=m_t[None, :])
+
+        # dkᵀ = (dZ Wᵀ)ᵀ - s_K (G dWᵀ)ᵀ - ((B + Bᵀ) K)ᵀ - (Aᵀ Q)ᵀ - dvᵀ
+        b_dk = tl.dot(b_W, tl.trans(b_dz), input_precision=PREC)
+        b_dk -= b_scale_K * tl.dot(b_dW, tl.trans(b_lr_grad), input_precision=PREC)
         b_dk -= tl.dot(b_k, b_B, input_precision=PREC) + tl.dot(b_q, b_A, input_precision=PREC)
         b_dk -= tl.load(dv + p_k, mask=m_t[None, :], other=0.0)
-        tl.store(dk + p_k, b_dk.to(b_g.dtype), mask=m_t[None, :])
+        tl.store(dk + p_k, b_dk.to(b_lr_grad.dtype), mask=m_t[None, :])
 
 
-def _ttt_forward_run(q, k, v, lr, s, W, b, ln_weight, ln_bias, save):
-    (B, T, H, D), K, n = q.shape, len(s), -(-q.size(1) // 64)
-    o, g, r, rq, W_end, b_end = map(torch.empty_like, (q, q, lr, lr, W, b))
-    z, zq = (torch.empty_like(q) if save else q.new_empty(0) for _ in range(2))
-    W_chunk, b_chunk = q.new_empty(B * H * n, D, D), lr.new_empty(B * H * n, D)
-    launch(_ttt_forward, (B * H,), (k, v, lr, s, W, b, ln_weight, ln_bias, g, z, r, W_chunk, b_chunk, W_end, b_end, T,
-                                    T // 16, LN_EPS, H, D, K, save), ("ttt_walk", D))
-    launch(_ttt_output, (n, B * H), (q, k, g, s, ln_weight, ln_bias, W_chunk, b_chunk, o, zq, rq, T, LN_EPS, H, D, K,
-                                     save), "ttt_output")
-    return o, W_end, b_end, g, z, zq, r, rq, W_chunk
+def _ttt_forward_run(launch, q, k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, save):
+    """The forward pass on contiguous tensors and whole mini-batches. With `save` it keeps what the backward needs."""
+    B, T, H, D = q.shape
+    K = len(token_scale)
+    n = triton.cdiv(T, 64)
+    lr_grad = torch.empty_like(q)
+    inv_sigma = torch.empty_like(lr)
+    z_hat = torch.empty_like(q) if save else q.new_empty(0)
+    W_chunk = q.new_empty(B * H * n, D, D)
+    b_chunk = lr.new_empty(B * H * n, D)
+    W_end = torch.empty_like(W_start)
+    b_end = torch.empty_like(b_start)
+    launch(_ttt_forward, (B * H,),
+           (k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, lr_grad, z_hat, inv_sigma, W_chunk,
+            b_chunk, W_end, b_end, T, T // 16, LN_EPS, H, D, K, save),
+           tuned(("ttt_walk", D), q.dtype))
+
+    o = torch.empty_like(q)
+    inv_sigma_q = torch.empty_like(lr)
+    zq_hat = torch.empty_like(q) if save else q.new_empty(0)
+    launch(_ttt_output, (n, B * H),
+           (q, k, lr_grad, token_scale, ln_weight, ln_bias, W_chunk, b_chunk, o, zq_hat, inv_sigma_q, T,
+            LN_EPS, H, D, K, save),
+           tuned("ttt_output", q.dtype))
+    return o, W_end, b_end, lr_grad, z_hat, zq_hat, inv_sigma, inv_sigma_q, W_chunk
 
 
-def _ttt_backward_run(q, k, v, lr, s, ln_weight, ln_bias, g, z, zq, r, rq, W_chunk, do, dW_end, db_end):
-    (B, T, H, D), K, n = q.shape, len(s), -(-q.size(1) // 64)
-    dq, dk, dv, dz, dzq, dlr, ds = map(torch.empty_like, (q, q, q, q, q, lr, lr))
-    dW_chunk, dW0, db0 = map(torch.empty_like, (W_chunk, dW_end, db_end))
-    dln_weight, dln_bias, dsK = lr.new_empty(B, H, D), lr.new_empty(B, H, D), lr.new_empty(B * H)
-    launch(_ttt_backward, (B * H,), (q, k, v, lr, s, ln_weight, ln_bias, z, r, zq, rq, do, dW_end, db_end, dv, dz, dzq,
-                                     dlr, dsK, dln_weight, dln_bias, dW_chunk, dW0, db0, T, T // 16, H, D, K), ("ttt_walk", D))
-    launch(_ttt_grads, (n, B * H), (q, k, s, g, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, ds, T, H, D, K),
-           "ttt_grads", D)
-    ds = ds.view(-1, K, H).sum((0, 2))
-    ds = torch.cat([ds[:-1], ds[-1:] + dsK.sum()])
-    return dq, dk, dv, dlr, ds, dW0, db0, dln_weight.sum(0), dln_bias.sum(0)
+def _ttt_backward_run(launch, q, k, v, lr, token_scale, ln_weight, ln_bias, lr_grad, z_hat, zq_hat, inv_sigma,
+                      inv_sigma_q, W_chunk, do, dW_end, db_end):
+    """The gradients of q, k, v, η, s, the first W and b, and the LayerNorm's weight and bias."""
+    B, T, H, D = q.shape
+    K = len(token_scale)
+    dv = torch.empty_like(q)
+    dz = torch.empty_like(q)
+    dzq = torch.empty_like(q)
+    dlr = torch.empty_like(lr)
+    dscale_K = lr.new_empty(B * H)
+    dln_weight = lr.new_empty(B, H, D)
+    dln_bias = lr.new_empty(B, H, D)
+    dW_chunk = torch.empty_like(W_chunk)
+    dW_start = torch.empty_like(dW_end)
+    db_start = torch.empty_like(db_end)
+    launch(_ttt_backward, (B * H,),
+           (q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma, zq_hat, inv_sigma_q, do, dW_end,
+            db_end, dv, dz, dzq, dlr, dscale_K, dln_weight, dln_bias, dW_chunk, dW_start, db_start, T, T // 16,
+            H, D, K),
+           tuned(("ttt_walk", D), q.dtype))
+
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(q)
+    dscale = torch.empty_like(lr)
+    launch(_ttt_grads, (triton.cdiv(T, 64), B * H),
+           (q, k, token_scale, lr_grad, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, dscale, T, H, D, K),
+           tuned("ttt_grads", q.dtype, D))
+
+    # every token has the factor of its position; s_K is also the factor of each mini-batch's step
+    dtoken_scale = dscale.view(-1, K, H).sum((0, 2))
+    dtoken_scale = torch.cat([dtoken_scale[:-1], dtoken_scale[-1:] + dscale_K.sum()])
+    return dq, dk, dv, dlr, dtoken_scale, dW_start, db_start, dln_weight.sum(0), dln_bias.sum(0)
 
 
-_ttt_forward_op, _ttt_backward_op = operator(_ttt_forward_run, 9), operator(_ttt_backward_run, 9)
+_ttt_forward_op = operator(_ttt_forward_run, 9)
+_ttt_backward_op = operator(_ttt_backward_run, 9)
 
 
 def _ttt_save(ctx, inputs, output):
-    q, k, v, lr, s, W, b, ln_weight, ln_bias, _ = inputs
-    ctx.save_for_backward(q, k, v, lr, s, ln_weight, ln_bias, *output[3:])
+    q, k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, save = inputs
+    o, W_end, b_end, *saved = output
+    ctx.save_for_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, *saved)
     ctx.set_materialize_grads(False)
 
 
-def _ttt_autograd(ctx, do, dW, db, *unused):
-    q, f32 = ctx.saved_tensors[0], ctx.saved_tensors[3].new_zeros
-    B, _, H, D = q.shape
+def _ttt_autograd(ctx, do, dW_end, db_end, *unused):
+    q = ctx.saved_tensors[0]
+    lr = ctx.saved_tensors[3]
+    B, T, H, D = q.shape
     do = torch.zeros_like(q) if do is None else do.contiguous()
-    dW = f32(B, H, D, D) if dW is None else dW.contiguous()
-    db = f32(B, H, D) if db is None else db.contiguous()
-    return *_ttt_backward_op(*ctx.saved_tensors, do, dW, db), None
+    dW_end = lr.new_zeros(B, H, D, D) if dW_end is None else dW_end.contiguous()
+    db_end = lr.new_zeros(B, H, D) if db_end is None else db_end.contiguous()
+    gradients = _ttt_backward_op(*ctx.saved_tensors, do, dW_end, db_end)
+    return *gradients, None                                         # none for save
 
 
 _ttt_forward_op.register_autograd(_ttt_autograd, setup_context=_ttt_save)
 
 
-def _ttt_triton(q, k, v, lr, s, ln_weight, ln_bias, state, pos):
-    """The kernels take whole mini-batches. What completes a running one, and what is left over at the end, takes the
-    chunked form: fewer than K tokens each, and exact."""
-    K, T = len(s), q.size(1)
-    head = min(-pos % K, T)
-    body, os = (T - head) // K * K, []
-    if head:
-        o, state = _ttt_torch(_ttt_chunk, *(x[:, :head] for x in (q, k, v, lr)), s, ln_weight, ln_bias, state, pos)
-        os.append(o)
-    if body:
-        xs = [x[:, head:head + body].to(q.dtype).contiguous() for x in (q, k, v)]
-        xs += [x.float().contiguous() for x in (lr[:, head:head + body], s, state.W, state.b, ln_weight, ln_bias)]
-        save = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
-        o, W, b, *_ = _ttt_forward_op(*xs, save)
+def _ttt_triton(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
+    """ttt_linear by the kernels, which take whole mini-batches. What completes a running one, and what is left over at
+    the end, takes the chunked form: fewer than K tokens each, and exact."""
+    T = q.size(1)
+    K = len(token_scale)
+    first = min(-pos % K, T)                                        # tokens that complete the running mini-batch
+    last = first + (T - first) // K * K                             # where the whole mini-batches end
+    outputs = []
+
+    if first > 0:
+        piece = [x[:, :first] for x in (q, k, v, lr)]
+        o, state = _ttt_torch(_ttt_chunk, *piece, token_scale, ln_weight, ln_bias, state, pos)
+        outputs.append(o)
+
+    if first < last:
+        piece = [x[:, first:last].to(q.dtype).contiguous() for x in (q, k, v)]
+        others = (lr[:, first:last], token_scale, state.W_start, state.b_start, ln_weight, ln_bias)
+        inputs = piece + [x.float().contiguous() for x in others]
+        save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        o, W, b, *_ = _ttt_forward_op(*inputs, save)
         state = TTTState(W, b, torch.zeros_like(W), torch.zeros_like(b), torch.tensor(0))
-        os.append(o)
-    if head + body < T:
-        rest = (x[:, head + body:] for x in (q, k, v, lr))
-        o, state = _ttt_torch(_ttt_chunk, *rest, s, ln_weight, ln_bias, state, 0)
-        os.append(o)
-    return torch.cat(os, 1) if len(os) > 1 else os[0], state
+        outputs.append(o)
+
+    if last < T:
+        piece = [x[:, last:] for x in (q, k, v, lr)]
+        o, state = _ttt_torch(_ttt_chunk, *piece, token_scale, ln_weight, ln_bias, state, 0)
+        outputs.append(o)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python memories.py: are the kernels right, and what do they cost
+# Are the kernels right?
 
-FLOPS, BYTES = 790e12, 4.3e12  # an H200's bf16 products and copies, as measured: the roofline's two ceilings
-SHARED_LIMIT = {90: 232448, 80: 166912}                             # bytes of shared memory a program may have
-SHAPES = {"A": (8, 4096, 6, 128), "B": (16, 2048, 12, 64)}          # B, T, H, D
+FUNCTIONS = {"leaky_average": leaky_average, "gated_delta_rule": gated_delta_rule, "ttt_linear": ttt_linear}
 
-# FLOPs a token and head of each kernel (chunks of 32 in the walks and 64 elsewhere; K and V of the delta rule have D)
-KERNEL_FLOPS = {
-    "_delta_prep": lambda D, K: 4 * 32 * D + 4 * 32 * 32, "_delta_forward": lambda D, K: 6 * D * D + 4 * 32 * D,
-    "_delta_backward": lambda D, K: 6 * D * D + 4 * 32 * D, "_delta_grads": lambda D, K: 6 * D * D + 12 * 64 * D,
-    "_ttt_forward": lambda D, K: 4 * D * D, "_ttt_output": lambda D, K: 2 * D * D + 4 * 64 * D,
-    "_ttt_backward": lambda D, K: 6 * D * D + 4 * 16 * D, "_ttt_grads": lambda D, K: 6 * D * D + 12 * 64 * D,
-}
-# The floors: (FLOPs, bytes) a token and head, inputs read once, outputs written once, in bf16. The delta rule's FLOPs are
-# those of the usual form in chunks of 64; its walks here, in chunks of 32 and without recomputing E, take fewer.
-FLOORS = {
-    ("gated_delta_rule", "forward"): lambda D: (10 * 64 * D + 6 * D * D, 8 * D + 6),
-    ("gated_delta_rule", "backward"): lambda D: (28 * 64 * D + 16 * D * D + 4 * 64 * 64, 14 * D + 12),
-    ("ttt_linear", "forward"): lambda D: (6 * D * D + 4 * 16 * D, 8 * D + 4),
-    ("ttt_linear", "backward"): lambda D: (12 * D * D + 12 * 16 * D, 14 * D + 8),
-}
+CHECKED = [
+    ("gated_delta_rule", dict(T=70, D=16, Dv=32)),
+    ("gated_delta_rule", dict(T=129, D=64, Dv=64)),
+    ("gated_delta_rule", dict(T=64, D=128, Dv=128)),
+    ("ttt_linear", dict(T=150, D=32, K=16)),
+    ("ttt_linear", dict(T=192, D=64, K=64)),
+    ("ttt_linear", dict(T=64, D=128, K=32)),
+]
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
-def example(name: str, B: int, T: int, H: int, D: int, K: int = 16, Dv: int = 0, device="cpu", dtype=torch.float32) -> dict:
-    """Arguments of a function as a trained layer would give them."""
-    rand = lambda *shape: torch.randn(*shape, device=device)
+def example(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16, device="cpu",
+            dtype=torch.float32) -> dict:
+    """Arguments of a function as a trained layer would give them. x, q, k and v have the dtype that is asked for;
+    gates, weights and states are in float32 at least."""
+    def normal(*shape):
+        return torch.randn(*shape, device=device, dtype=state_dtype(dtype))
+
+    if name == "leaky_average":
+        return dict(x=normal(B, T, H, D).to(dtype), decay=normal(H).sigmoid(), state=normal(B, H, D))
+
     if name == "gated_delta_rule":
-        q, k = F.normalize(rand(B, T, H, D), dim=-1), F.normalize(rand(B, T, H, D), dim=-1)
-        return dict(q=q.to(dtype), k=k.to(dtype), v=rand(B, T, H, Dv or D).to(dtype), g=-0.1 * rand(B, T, H).exp(),
-                    beta=rand(B, T, H).sigmoid(), state=rand(B, H, D, Dv or D))
-    q, k, v = (rand(B, T, H, D).to(dtype) for _ in range(3))
-    return dict(q=q, k=k, v=v, lr=rand(B, T, H).sigmoid() / D, token_scale=1 / torch.arange(1, K + 1, device=device),
-                W=0.02 * rand(H, D, D), b=0.1 * rand(H, D), ln_weight=1 + 0.1 * rand(H, D), ln_bias=0.1 * rand(H, D))
+        Dv = Dv or D
+        q = F.normalize(normal(B, T, H, D), dim=-1).to(dtype)
+        k = F.normalize(normal(B, T, H, D), dim=-1).to(dtype)
+        v = normal(B, T, H, Dv).to(dtype)
+        return dict(q=q, k=k, v=v, g=-0.1 * normal(B, T, H).exp(), beta=normal(B, T, H).sigmoid(),
+                    state=normal(B, H, D, Dv))
+
+    q = normal(B, T, H, D).to(dtype)
+    k = normal(B, T, H, D).to(dtype)
+    v = normal(B, T, H, D).to(dtype)
+    token_scale = 1 / torch.arange(1, K + 1, device=device, dtype=state_dtype(dtype))
+    return dict(q=q, k=k, v=v, lr=normal(B, T, H).sigmoid() / D, token_scale=token_scale, W=0.02 * normal(H, D, D),
+                b=0.1 * normal(H, D), ln_weight=1 + 0.1 * normal(H, D), ln_bias=0.1 * normal(H, D))
 
 
 def results(fn, args: dict, impl: str) -> dict:
-    """Outputs, state and every gradient of fn, for one fixed random loss."""
-    xs = {name: x.detach().requires_grad_() for name, x in args.items()}
-    o, state = fn(**xs, impl=impl)
-    outs = {"o": o} | ({"state": state} if torch.is_tensor(state) else dict(zip(state._fields[:4], state)))
+    """The output of fn, its new state, and the gradient of every argument for one fixed random loss."""
+    inputs = {name: x.detach().requires_grad_() for name, x in args.items()}
+    o, state = fn(**inputs, impl=impl)
+    outputs = {"o": o}
+    if torch.is_tensor(state):
+        outputs["state"] = state
+    else:
+        outputs |= zip(state._fields[:4], state)                    # all but pos, which is an integer
+
+    # the loss is a random projection of all outputs, the same on every device
     generator = torch.Generator().manual_seed(1)
-    loss = sum((y.float() * torch.randn(y.shape, generator=generator).to(y.device)).sum() for y in outs.values())
-    grads = torch.autograd.grad(loss, list(xs.values()), allow_unused=True)
-    return outs | {f"d{name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(xs.items(), grads)}
+    loss = 0
+    for y in outputs.values():
+        weight = torch.randn(y.shape, generator=generator).to(y.device)
+        loss = loss + (y.to(state_dtype(y.dtype)) * weight).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+    return outputs | {f"d{name}": gradient for name, gradient in zip(inputs, gradients)}
 
 
 def errors(fn, args: dict, impl: str = "triton") -> dict:
-    """Relative errors ‖a - b‖/‖b‖ of everything in results() against the loop in float32 on the same numbers. What is
-    zero, as dβ where nothing depends on it, is compared with 1 instead."""
-    want, got = results(fn, {n: x.float() for n, x in args.items()}, "loop"), results(fn, args, impl)
-    return {n: ((got[n].float() - x).norm() / (x.norm() if x.norm() > 1e-6 else 1)).item() for n, x in want.items()}
+    """The relative error ‖a - b‖/‖b‖ of everything in results() against the loop, which gets the same numbers in
+    float32 at least. What is zero, as dβ where nothing depends on it, is compared with 1 instead. An error that is not
+    a number counts as infinite, so that no comparison can overlook it."""
+    exact = {name: x.to(state_dtype(x.dtype)) for name, x in args.items()}
+    want = results(fn, exact, "loop")
+    got = results(fn, args, impl)
+    found = {}
+    for name, b in want.items():
+        size = b.norm().item()
+        error = (got[name].to(b.dtype) - b).norm().item() / (size if size > 1e-6 else 1)
+        found[name] = error if error < float("inf") else float("inf")
+    return found
 
 
 def check(device: str) -> None:
-    """Every kernel against its loop: float32 to 1e-4 anywhere, and bfloat16 to 1e-2 on a GPU."""
-    cases = [("gated_delta_rule", dict(D=D, Dv=Dv, T=T)) for D, Dv, T in ((16, 32, 70), (64, 64, 129), (128, 128, 64))]
-    cases += [("ttt_linear", dict(D=D, K=K, T=T)) for D, K, T in ((32, 16, 150), (64, 64, 192), (128, 32, 64))]
-    worst = 0.0
-    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2))[:2 if device == "cuda" else 1]:
-        for name, sizes in cases:
+    """Compares every kernel with its loop: in float32, and on a GPU in bfloat16 too. The interpreter cannot do that."""
+    dtypes = [torch.float32, torch.bfloat16] if device == "cuda" else [torch.float32]
+    wrong = 0
+    for dtype in dtypes:
+        for name, sizes in CHECKED:
             torch.manual_seed(0)
-            e = errors(globals()[name], example(name, 1, H=2, device=device, dtype=dtype, **sizes))
-            bad = max(e, key=e.get)
-            print(f"{name:17} {str(dtype)[6:]:9} {str(sizes):34} largest error {e[bad]:.1e} ({bad})", flush=True)
-            worst = max(worst, e[bad] / limit)
-    if worst > 1:
+            found = errors(FUNCTIONS[name], example(name, 1, H=2, device=device, dtype=dtype, **sizes))
+            worst = max(found, key=found.get)
+            row = f"{name:17} {str(dtype)[6:]:9} {str(sizes):34}"
+            print(f"{row} largest error {found[worst]:.1e} ({worst})", flush=True)
+            if found[worst] > LIMITS[dtype]:
+                wrong += 1
+    if wrong > 0:
         raise SystemExit("error: a kernel disagrees with its loop; expected 1e-4 in float32, 1e-2 in bfloat16")
 
 
-def launches(name: str, B: int, T: int, H: int, D: int, K: int = 16, Dv: int = 0, dtype=torch.bfloat16) -> list:
-    """The kernel launches of forward and backward, recorded instead of run: (kernel, grid, args, options)."""
-    f, Dv, record = lambda *s: torch.empty(s, device="meta"), Dv or D, []
-    run, globals()["launch"] = launch, lambda *a: record.append(launch_options(*a))
-    try:
-        q, v, x, W, s = f(B, T, H, D).to(dtype), f(B, T, H, Dv).to(dtype), f(B, T, H), f(B, H, D, Dv), f(K)
-        if name == "gated_delta_rule":
-            o, S, *saved = _delta_forward_run(q, q, v, x, x, W, 1.0, True)
-            _delta_backward_run(q, q, x, x, o, S, *saved, 1.0)
-        else:
-            o, W, b, *saved = _ttt_forward_run(q, q, q, x, s, W, f(B, H, D), f(H, D), f(H, D), True)
-            _ttt_backward_run(q, q, q, x, s, f(H, D), f(H, D), *saved, o, W, b)
-    finally:
-        globals()["launch"] = run
-    return record
+# ----------------------------------------------------------------------------------------------------------------------
+# What do the kernels cost?
+
+SHAPES = {"A": (8, 4096, 6, 128), "B": (16, 2048, 12, 64)}          # B, T, H, D
+
+# an H200's products in bf16 and its copies, as measured; these two ceilings are the roofline
+FLOPS_A_SECOND = 790e12
+BYTES_A_SECOND = 4.3e12
 
 
-def compiled(fn, args: tuple, options: dict, arch: int):
-    """Compile for sm_80 or sm_90 and read registers, stack (spills) and shared memory a program."""
-    triton.runtime.driver.set_active(SimpleNamespace(               # stands where the driver of a GPU would
-        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32), get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0, map_python_to_cpp_type=lambda ty: ty))
-    binary = fn.warmup(*(x.dtype if torch.is_tensor(x) else x for x in args), grid=(1,), **options)
-    tool = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
-    in_registers = [x for x in binary.asm["ttgir"].splitlines() if "warp_group_dot " in x and " : tensor" in x]
-    return dict(registers=registers, stack=stack, shared=binary.metadata.shared, wgmma_from_registers=len(in_registers))
+def kernel_flops(kernel_name: str, D: int) -> int:
+    """FLOPs of a kernel for a token and head, with Dk = Dv = D. Chunks are of 32 tokens in the delta rule's first three
+    kernels, pieces of 16 in TTT's walks, and chunks of 64 elsewhere."""
+    return {
+        "_delta_prep": 4 * 32 * D + 4 * 32 * 32,
+        "_delta_forward": 6 * D * D + 4 * 32 * D,
+        "_delta_backward": 6 * D * D + 4 * 32 * D,
+        "_delta_grads": 6 * D * D + 12 * 64 * D,
+        "_ttt_forward": 4 * D * D,
+        "_ttt_output": 2 * D * D + 4 * 64 * D,
+        "_ttt_backward": 6 * D * D + 4 * 16 * D,
+        "_ttt_grads": 6 * D * D + 12 * 64 * D,
+    }[kernel_name]
 
 
-def report() -> None:
-    """What the compiler says of every kernel at shapes A and B, and the bytes and FLOPs it moves against the floor."""
-    for shape, (B, T, H, D) in SHAPES.items():
-        for name in ("gated_delta_rule", "ttt_linear"):
-            print(f"\n{name}, shape {shape}: B{B} T{T} H{H} D{D} bfloat16\n{'kernel':16} programs warps  "
-                  + "".join(f"sm_{a}: regs stack  shared  " for a in SHARED_LIMIT) + "bytes/token,head  FLOPs/token,head")
-            total = {"forward": [0, 0], "backward": [0, 0]}
-            for i, (fn, grid, args, options) in enumerate(launches(name, B, T, H, D)):
-                nbytes = sum(x.numel() * x.element_size() for x in args if torch.is_tensor(x)) / (B * T * H)
-                flops = KERNEL_FLOPS[fn.__name__](D, 16)
-                part = total["forward" if i < 2 else "backward"]
-                part[:] = part[0] + flops, part[1] + nbytes
-                said = [compiled(fn, args, options, arch) for arch in SHARED_LIMIT]
-                print(f"{fn.__name__:16} {grid[0] * (grid + (1,))[1]:8} {options['num_warps']:5}  "
-                      + "".join(f"{x['registers']:11} {x['stack']:5} {x['shared']:7}  " for x in said)
-                      + f"{nbytes:16.0f}  {flops:16.0f}")
-            for part, (flops, nbytes) in total.items():
-                floor_flops, floor_bytes = FLOORS[name, part](D)
-                us = B * T * H * 1e6
-                print(f"{part}: {nbytes:.0f} bytes (floor {floor_bytes}), {flops} FLOPs (floor {floor_flops}) a token and head; "
-                      f"at the ceilings {us * nbytes / BYTES:.0f} and {us * flops / FLOPS:.0f} us, "
-                      f"floor {us * max(floor_bytes / BYTES, floor_flops / FLOPS):.0f} us; time on a device: not measured")
+def floor(name: str, part: str, D: int) -> tuple[int, int]:
+    """The least that a function has to do for a token and head: (FLOPs, bytes), where inputs are read once and outputs
+    written once, in bf16. The delta rule's FLOPs are those of the usual form in chunks of 64. The walks here take
+    fewer, because their chunks are of 32 and because the error E is kept and not computed twice."""
+    return {
+        ("gated_delta_rule", "forward"): (10 * 64 * D + 6 * D * D, 8 * D + 6),
+        ("gated_delta_rule", "backward"): (28 * 64 * D + 16 * D * D + 4 * 64 * 64, 14 * D + 12),
+        ("ttt_linear", "forward"): (6 * D * D + 4 * 16 * D, 8 * D + 4),
+        ("ttt_linear", "backward"): (12 * D * D + 12 * 16 * D, 14 * D + 8),
+    }[name, part]
+
+
+def at_the_ceilings(flops: float, nbytes: float) -> float:
+    """Seconds that an H200 needs at least."""
+    return max(flops / FLOPS_A_SECOND, nbytes / BYTES_A_SECOND)
+
+
+def launches(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16,
+             dtype=torch.bfloat16) -> dict:
+    """The kernel launches of a function's forward and backward pass, recorded and not run: for either part a list of
+    (kernel, grid, arguments, options). The tensors among the arguments have shapes, but no memory."""
+    recorded = {"forward": [], "backward": []}
+
+    def forward(*launched):
+        recorded["forward"].append(launched)
+
+    def backward(*launched):
+        recorded["backward"].append(launched)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    q = empty(B, T, H, D, dtype=dtype)
+    gate = empty(B, T, H)
+    if name == "gated_delta_rule":
+        v = empty(B, T, H, Dv or D, dtype=dtype)
+        S = empty(B, H, D, Dv or D)
+        o, S_end, *saved = _delta_forward_run(forward, q, q, v, gate, gate, S, 1.0, True)
+        _delta_backward_run(backward, q, q, gate, gate, o, S_end, *saved, 1.0)
+    else:
+        scale = empty(K)
+        weight = empty(H, D)
+        W = empty(B, H, D, D)
+        b = empty(B, H, D)
+        o, W_end, b_end, *saved = _ttt_forward_run(forward, q, q, q, gate, scale, W, b, weight, weight, True)
+        _ttt_backward_run(backward, q, q, q, gate, scale, weight, weight, *saved, o, W_end, b_end)
+    return recorded
+
+
+def report(name: str, shape: str) -> None:
+    """Prints how much each kernel of a function moves and computes at a shape, against the floor."""
+    B, T, H, D = SHAPES[shape]
+    tokens = B * T * H
+    print(f"\n{name}, shape {shape}: B{B} T{T} H{H} D{D} bfloat16")
+    print("kernel           programs  warps  bytes/token,head  FLOPs/token,head")
+    for part, calls in launches(name, B, T, H, D).items():
+        all_flops = 0
+        all_bytes = 0
+        for fn, grid, args, options in calls:
+            flops = kernel_flops(fn.__name__, D)
+            nbytes = sum(x.nbytes for x in args if torch.is_tensor(x)) / tokens
+            programs = grid[0] * grid[1] if len(grid) == 2 else grid[0]
+            print(f"{fn.__name__:16} {programs:8} {options['num_warps']:6} {nbytes:17.0f} {flops:17}")
+            all_flops += flops
+            all_bytes += nbytes
+
+        floor_flops, floor_bytes = floor(name, part, D)
+        microseconds = 1e6 * tokens
+        least = microseconds * at_the_ceilings(floor_flops, floor_bytes)
+        print(f"{part}: {all_bytes:.0f} bytes (floor {floor_bytes}) and {all_flops} FLOPs (floor {floor_flops}) "
+              f"a token and head; at an H200's ceilings {microseconds * all_bytes / BYTES_A_SECOND:.0f} us and "
+              f"{microseconds * all_flops / FLOPS_A_SECOND:.0f} us (floor {least:.0f} us)")
 
 
 def median_ms(fn, repeats: int = 30) -> float:
+    """Milliseconds that a call of fn takes on the GPU, after five calls to warm up."""
     times = []
     for _ in range(repeats + 5):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
         start.record()
         fn()
         stop.record()
@@ -1058,57 +1572,85 @@ def median_ms(fn, repeats: int = 30) -> float:
     return sorted(times[5:])[repeats // 2]
 
 
+def measure(fn, args: dict) -> dict:
+    """Milliseconds of fn's forward and backward pass."""
+    o = fn(**args)[0]
+    do = torch.randn_like(o)
+    inputs = list(args.values())
+
+    def forward():
+        fn(**args)
+
+    def backward():
+        torch.autograd.grad(o, inputs, do, retain_graph=True, allow_unused=True)
+
+    return {"forward": median_ms(forward), "backward": median_ms(backward)}
+
+
 def peer(name: str):
-    """flash-linear-attention's nearest function, as a function of our arguments, where it is installed."""
+    """flash-linear-attention's nearest function with our arguments, or None where the package is not installed."""
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.ttt import chunk_ttt_linear
     except ImportError:
         return None
-    if name == "gated_delta_rule":
-        return lambda q, k, v, g, beta, state: chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state)[0]
-    return lambda q, k, v, lr, ln_weight, ln_bias, **_: chunk_ttt_linear(q, k, v, ln_weight, ln_bias, lr[..., None])[0]
+
+    def delta(q, k, v, g, beta, state):
+        return chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state)
+
+    def ttt(q, k, v, lr, token_scale, W, b, ln_weight, ln_bias):
+        """It has no token_scale, and it starts from W = 0 and b = 0: good for its speed, not for its values."""
+        return chunk_ttt_linear(q, k, v, ln_weight, ln_bias, lr[..., None])
+
+    return delta if name == "gated_delta_rule" else ttt
 
 
-def benchmark() -> None:
-    print(f"\n{torch.cuda.get_device_name()}; medians; TFLOP/s and GB/s of the floor's work; / is their time over ours"
-          f"\n{'':17} shape dtype     part      ms      TFLOP/s  GB/s   x floor  / PyTorch  / fla")
-    for name in ("gated_delta_rule", "ttt_linear"):
-        for shape, (B, T, H, D) in SHAPES.items():
-            args = {n: x.requires_grad_() for n, x in example(name, B, T, H, D, device="cuda", dtype=torch.bfloat16).items()}
-            forms = {impl: lambda impl=impl, **a: globals()[name](**a, impl=impl)[0] for impl in ("triton", "chunk")}
-            forms |= {"fla": peer(name)} if peer(name) else {}
-            ms = {}
-            for form, fn in forms.items():
-                try:
-                    o = fn(**args)
-                    do, xs = torch.randn_like(o), list(args.values())
-                    ms[form] = (median_ms(lambda: fn(**args)),
-                                median_ms(lambda: torch.autograd.grad(o, xs, do, retain_graph=True, allow_unused=True)))
-                except (RuntimeError, torch.OutOfMemoryError) as e:     # the others may lack memory or support; ours may not
-                    if form == "triton":
-                        raise
-                    print(f"{name}: {form} did not run: {str(e).splitlines()[0]}")
-            for i, part in enumerate(("forward", "backward")):
-                flops, nbytes = (x * B * T * H for x in FLOORS[name, part](D))
-                t = ms["triton"][i]
-                ratios = "".join(f"{ms[f][i] / t:9.2f}" if f in ms else "        -" for f in ("chunk", "fla"))
-                print(f"{name:17} {shape:5} bfloat16  {part:8} {t:7.3f} {flops / t / 1e9:8.1f} {nbytes / t / 1e6:8.0f} "
-                      f"{t / 1e3 / max(flops / FLOPS, nbytes / BYTES):8.1f} {ratios}")
+def benchmark(name: str, shape: str) -> None:
+    """Times the kernels of a function at a shape, and compares them with PyTorch and flash-linear-attention."""
+    B, T, H, D = SHAPES[shape]
+    args = example(name, B, T, H, D, device="cuda", dtype=torch.bfloat16)
+    args = {key: x.requires_grad_() for key, x in args.items()}
+    ms = {"ours": measure(partial(FUNCTIONS[name], impl="triton"), args)}
+
+    # the others may lack memory, or support for this GPU
+    others = {"chunk": partial(FUNCTIONS[name], impl="chunk"), "fla": peer(name)}
+    for other, fn in others.items():
+        if fn is None:
+            continue
+        try:
+            ms[other] = measure(fn, args)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one too
+            print(f"{name}: {other} did not run: {str(e).splitlines()[0]}")
+
+    for part in ("forward", "backward"):
+        flops, nbytes = [x * B * T * H for x in floor(name, part, D)]
+        seconds = ms["ours"][part] / 1e3
+        row = (f"{name:17} {shape:5} bfloat16  {part:8} {ms['ours'][part]:7.3f} {flops / seconds / 1e12:8.1f} "
+               f"{nbytes / seconds / 1e9:8.0f} {seconds / at_the_ceilings(flops, nbytes):8.1f} ")
+        for other in others:
+            row += f"{ms[other][part] / ms['ours'][part]:9.2f}" if other in ms else "        -"
+        print(row)
 
 
 def main() -> None:
     if triton is None:
         raise SystemExit("error: triton is not installed, and there is nothing to check without it; pip install triton")
+    cells = [(name, shape) for name in ("gated_delta_rule", "ttt_linear") for shape in SHAPES]
+
     if INTERPRET:
         check("cpu")
     elif torch.cuda.is_available():
         check("cuda")
-        benchmark()
+        print(f"\n{torch.cuda.get_device_name()}; medians; TFLOP/s and GB/s of the floor's work; "
+              "/ is their time over ours")
+        print("                  shape dtype     part      ms      TFLOP/s  GB/s   x floor  / PyTorch  / fla")
+        for name, shape in cells:
+            benchmark(name, shape)
     else:
         print("No GPU: values from Triton's interpreter, in float32.")
         subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
-        report()
+        for name, shape in cells:
+            report(name, shape)
 
 
 if __name__ == "__main__":

@@ -118,136 +118,181 @@ def refused(main, argv, *words):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# memories.py: the chunked forms are the loops, values and gradients
+# memories.py: the chunked forms are the loops, in outputs, states and every gradient. The kernels take the same cases
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def outputs_and_gradients(function, inputs):
-    """Flat list of the function's outputs and the gradients of a fixed random projection of them."""
-    outputs = [o for o in function(*inputs) if o.is_floating_point() and o.numel()]
-    torch.manual_seed(1)
-    loss = sum((o * torch.randn(o.shape, dtype=o.dtype)).sum() for o in outputs)
-    return outputs + list(torch.autograd.grad(loss, inputs))
+def runs(**grid):
+    """The sizes of every combination of the values given."""
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def same(name, fast, slow, inputs, tolerance, labels):
-    for label, a, b in zip(labels, outputs_and_gradients(fast, inputs), outputs_and_gradients(slow, inputs)):
-        assert torch.isfinite(a).all(), f"{name}: {label} is not finite"
-        if b.norm() > 0 or a.norm() > 0:
-            assert error(a, b) <= tolerance, f"{name}: {label} is off by {error(a, b):.1e}"
+def delta(T=(1, 63, 64, 65, 150), D=(16,), Dv=(32,), **more):
+    return runs(B=[1], H=[2], T=T, D=D, Dv=Dv, **more)
 
 
-def delta_inputs(T, dtype, case="plain", Dk=8, Dv=16, B=2, H=3):
+def ttt(T=(64,), D=(32,), K=(16,), **more):
+    return runs(B=[1], H=[2], T=T, D=D, K=K, **more)
+
+
+def identical(k):
+    return k[:, :1].expand_as(k).clone()
+
+
+def correlated(k):
+    return F.normalize(k[:, :1] + 0.1 * k, dim=-1)
+
+
+def now_and_then(x):
+    """A strong decay at every fifth token, next to none at the others."""
+    return torch.where(torch.rand_like(x) < 0.2, -30.0, -0.01).to(x.dtype)
+
+
+def some_rates(scale):
+    return torch.where(torch.arange(len(scale)) % 3 == 0, 0.0, scale)
+
+
+def times(factor):
+    return lambda x: factor * x
+
+
+ZERO, ONE = torch.zeros_like, torch.ones_like
+HEADS = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
+
+# name -> the sizes to run, and what is changed in memories.example; at the cuts a call ends and the next one begins
+CASES = {
+    "leaky": (runs(B=[2], H=[3], D=[4], T=[1, 2, 64, 65, 4200]),        # 4200 > 64²: three levels of the scan
+              dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
+    "delta_plain": (delta(), {}),
+    "delta_rows": (runs(B=[2], H=[2], D=[16], T=[2, 31, 32, 33, 129]), {}),
+    "delta_heads": ([dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEADS], {}),
+    "delta_strong_decay": (delta(), dict(g=lambda g: -30 * torch.rand_like(g))),
+    "delta_stronger_decay": (delta(T=[70]), dict(g=lambda g: -20 * ONE(g))),
+    "delta_uneven_decay": (delta(T=[130]), dict(g=now_and_then)),
+    "delta_little_decay": (delta(T=[70]), dict(g=times(1e-3))),
+    "delta_no_decay": (delta(), dict(g=ZERO)),
+    "delta_beta_0": (delta(), dict(beta=ZERO)),
+    "delta_beta_1": (delta(T=[70]), dict(beta=ONE)),
+    "delta_beta_0_or_1": (delta(T=[70]), dict(beta=torch.round)),
+    "delta_identical_keys": (delta(), dict(k=identical, beta=ONE)),
+    "delta_identical_keys_kept": (delta(T=[130], D=[32]), dict(k=identical, beta=ONE, g=ZERO)),
+    "delta_correlated_keys": (delta(), dict(k=correlated, beta=ONE)),
+    "delta_correlated_keys_kept": (delta(T=[130], D=[32]), dict(k=correlated, beta=ONE, g=ZERO)),
+    "delta_state": (delta(T=[70], cuts=[(37,), (0, 64)]), {}),
+    "delta_strided": (delta(T=[70]), dict(v=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2),
+                                          g=lambda g: g.mT.contiguous().mT)),
+    "ttt_lengths": (ttt(T=[1, 15, 16, 17, 49, 100, 129]), {}),
+    "ttt_heads": (ttt(T=[96], D=[32, 64], K=[16, 32, 64]) + ttt(T=[32], D=[128]), {}),
+    "ttt_long": (ttt(T=[192], K=[64]), {}),
+    "ttt_no_rate": (ttt(), dict(lr=ZERO)),
+    "ttt_high_rates": (ttt(), dict(lr=times(8), token_scale=some_rates)),
+    "ttt_large_weights": (ttt(T=[53]), LARGE),
+    "ttt_identical_keys": (ttt(), dict(k=identical)),
+    "ttt_state": (ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]) + ttt(T=[90], K=[32], cuts=[(40, 41)]), {}),
+    "small_ttt_batches": (ttt(T=[4, 17], D=[8], K=[4], cuts=[(), (1,), (7,)]), LARGE),      # not for the kernels
+}
+
+
+def function_of(case):
+    return next(fn for name, fn in memories.FUNCTIONS.items() if re.search("leaky|delta|ttt", case)[0] in name)
+
+
+def in_pieces(fn, cuts):
+    """fn in several calls, each of which continues from the state of the one before."""
+    def run(impl, state=None, **args):
+        tokens = [name for name in args if name in ("q", "k", "v", "g", "beta", "lr")]
+        outputs = []
+        for start, stop in zip((0, *cuts), (*cuts, args["q"].size(1))):
+            o, state = fn(**args | {name: args[name][:, start:stop] for name in tokens}, state=state, impl=impl)
+            outputs.append(o)
+        return torch.cat(outputs, 1), state
+    return run
+
+
+def check_case(case, impl, dtype, tolerance):
+    sizes, changes = CASES[case]
+    for size in sizes:
+        torch.manual_seed(0)
+        cuts, size = size.get("cuts", ()), {name: x for name, x in size.items() if name != "cuts"}
+        fn = function_of(case)
+        args = memories.example(fn.__name__, **size, dtype=dtype)
+        args |= {name: change(args[name]) for name, change in changes.items()}
+        close(f"{case} {size} {cuts}", in_pieces(fn, cuts) if cuts else fn, args, impl, tolerance)
+
+
+def close(what, fn, args, impl, tolerance):
+    wrong = {name: x for name, x in memories.errors(fn, args, impl).items() if x > tolerance}
+    assert not wrong, f"{what}: {wrong}"
+
+
+@each(case=list(CASES), dtype=[torch.float64, torch.float32])
+def test_chunk_is_the_loop(case, dtype):
+    check_case(case, "chunk", dtype, {torch.float64: 1e-10, torch.float32: 1e-5}[dtype])
+
+
+def delta_example(T=70, dtype=torch.float32, D=16, Dv=16):
     torch.manual_seed(0)
-    q, k = (F.normalize(torch.randn(B, T, H, Dk, dtype=dtype), dim=-1) for _ in range(2))
-    v, S = torch.randn(B, T, H, Dv, dtype=dtype), torch.randn(B, H, Dk, Dv, dtype=dtype)
-    g, beta = -torch.rand(B, T, H, dtype=dtype), torch.rand(B, T, H, dtype=dtype)
-    if case == "strong_decay":
-        g = g * 30
-    elif case == "no_decay":
-        g = g * 0
-    elif case == "beta_0":
-        beta = beta * 0
-    elif case == "identical_keys":
-        k, beta = k[:, :1].expand_as(k).clone(), beta * 0 + 1
-    elif case == "correlated_keys":
-        k, beta = F.normalize(k[:, :1] + 0.1 * k, dim=-1), beta * 0 + 1
-    return [x.requires_grad_() for x in (q, k, v, g, beta, S)]
+    return memories.example("gated_delta_rule", 2, T, 3, D, Dv=Dv, dtype=dtype)
 
 
-@each(case=["plain", "strong_decay", "no_decay", "beta_0", "identical_keys", "correlated_keys"],
-      dtype=[torch.float64, torch.float32])
-def test_delta_rule_chunk_is_the_loop(case, dtype):
-    for T in (1, 63, 64, 65, 150):
-        inputs = delta_inputs(T, dtype, case)
-        same(f"T={T}", lambda *x: gated_delta_rule(*x, impl="chunk"), lambda *x: gated_delta_rule(*x, impl="loop"), inputs,
-             TOLERANCE[dtype], ["o", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate"])
+def ttt_example(T=70, dtype=torch.float32, D=32, K=16):
+    torch.manual_seed(0)
+    return memories.example("ttt_linear", 2, T, 3, D, K=K, dtype=dtype)
 
 
 def test_delta_rule_loop_is_the_equation():
     """One head written out with explicit matrices, S_t = α (I - β k kᵀ) S + β k vᵀ."""
-    q, k, v, g, beta, S = (x.detach() for x in delta_inputs(9, torch.float64))
-    o, last = gated_delta_rule(q, k, v, g, beta, S, impl="loop")
-    b, h = 1, 2
-    M, eye = S[b, h], torch.eye(8, dtype=torch.float64)
+    args = delta_example(9, torch.float64, 8, 16)
+    o, last = gated_delta_rule(**args, impl="loop")
+    q, k, v, g, beta = [args[name][1, :, 2] for name in ("q", "k", "v", "g", "beta")]
+    S, eye = args["state"][1, 2], torch.eye(8, dtype=torch.float64)
     for t in range(9):
-        kt, bt = k[b, t, h], beta[b, t, h]
-        M = g[b, t, h].exp() * (eye - bt * torch.outer(kt, kt)) @ M + bt * torch.outer(kt, v[b, t, h])
-        assert error(o[b, t, h], M.T @ q[b, t, h] * 8 ** -0.5) < 1e-12
-    assert error(last[b, h], M) < 1e-12
-
-
-def ttt_inputs(T, dtype, K=16, D=8, B=2, H=3):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(B, T, H, D, dtype=dtype) for _ in range(3))
-    lr, s = torch.rand(B, T, H, dtype=dtype) / D, 1 / torch.arange(1, K + 1, dtype=dtype) + 0.02 * torch.randn(K, dtype=dtype)
-    W, b = 0.3 * torch.randn(H, D, D, dtype=dtype), torch.randn(H, D, dtype=dtype)
-    ln_weight, ln_bias = 1 + 0.2 * torch.randn(H, D, dtype=dtype), torch.randn(H, D, dtype=dtype)
-    return [x.requires_grad_() for x in (q, k, v, lr, s, W, b, ln_weight, ln_bias)]
-
-
-@each(dtype=[torch.float64, torch.float32], K=[4, 16])
-def test_ttt_chunk_is_the_loop(dtype, K):
-    labels = ["o", "W", "b", "dW", "db"] + [f"gradient {i}" for i in range(9)]
-    for T, cut in ((1, 0), (K, 0), (K + 1, 1), (3 * K + 5, K + 3), (2 * K, K)):
-        def run(*inputs, impl):
-            """Two calls, the second continuing a mini-batch that is still running."""
-            tokens, rest = inputs[:4], inputs[4:]
-            a, state = ttt_linear(*(x[:, :cut] for x in tokens), *rest, impl=impl)
-            b, state = ttt_linear(*(x[:, cut:] for x in tokens), *rest, state, impl=impl)
-            return torch.cat([a, b], 1), *state[:4]
-        same(f"T={T}", lambda *x: run(*x, impl="chunk"), lambda *x: run(*x, impl="loop"), ttt_inputs(T, dtype, K),
-             TOLERANCE[dtype], labels)
+        S = g[t].exp() * (eye - beta[t] * torch.outer(k[t], k[t])) @ S + beta[t] * torch.outer(k[t], v[t])
+        assert error(o[1, t, 2], S.T @ q[t] * 8 ** -0.5) < 1e-12
+    assert error(last[1, 2], S) < 1e-12
 
 
 def test_ttt_loop_is_gradient_descent():
-    """The inner gradient by autograd instead of the closed form; one head, all gradients taken at the mini-batch's start."""
-    q, k, v, lr, s, W, b, w, c = (x.detach() for x in ttt_inputs(11, torch.float64, K=4))
-    o, state = ttt_linear(q, k, v, lr, s, W, b, w, c, impl="loop")
-    B, h = 1, 2
-    ln = lambda z: F.layer_norm(z, (8,), w[h], c[h], eps=1e-6)
-    W0, b0 = W[h].clone().requires_grad_(), b[h].clone().requires_grad_()
+    """The inner gradient by autograd instead of the closed form; one head, all gradients at the mini-batch's start."""
+    args = ttt_example(11, torch.float64, 8, 4)
+    args |= dict(W=15 * args["W"], b=10 * args["b"], ln_bias=10 * args["ln_bias"])
+    o, state = ttt_linear(**args, impl="loop")
+    q, k, v, lr = [args[name][1, :, 2] for name in ("q", "k", "v", "lr")]
+    W0, b0, weight, bias = [args[name][2].clone() for name in ("W", "b", "ln_weight", "ln_bias")]
+    ln = lambda z: F.layer_norm(z, (8,), weight, bias, eps=1e-6)
     sum_W, sum_b = 0, 0
     for t in range(11):
-        kt, i = k[B, t, h], t % 4
-        loss = 0.5 * (kt + ln(kt @ W0 + b0) - v[B, t, h]).square().sum()
+        loss = 0.5 * (k[t] + ln(k[t] @ W0.requires_grad_() + b0.requires_grad_()) - v[t]).square().sum()
         dW, db = torch.autograd.grad(loss, (W0, b0))
-        sum_W, sum_b = sum_W + lr[B, t, h] * dW, sum_b + lr[B, t, h] * db
-        Wi, bi = W0 - s[i] * sum_W, b0 - s[i] * sum_b
-        assert error(o[B, t, h], q[B, t, h] + ln(q[B, t, h] @ Wi + bi)) < 1e-12, t
-        if i == 3:
-            W0, b0, sum_W, sum_b = Wi.detach().requires_grad_(), bi.detach().requires_grad_(), 0, 0
-    assert error(state.W[B, h], W0) < 1e-12 and error(state.dW[B, h], sum_W) < 1e-12 and int(state.pos) == 3
+        sum_W, sum_b, s = sum_W + lr[t] * dW, sum_b + lr[t] * db, args["token_scale"][t % 4]
+        W, b = (W0 - s * sum_W).detach(), (b0 - s * sum_b).detach()
+        assert error(o[1, t, 2], q[t] + ln(q[t] @ W + b)) < 1e-12, t
+        if t % 4 == 3:
+            W0, b0, sum_W, sum_b = W, b, 0, 0
+    assert error(state.W_start[1, 2], W0) < 1e-12 and error(state.grad_W[1, 2], sum_W) < 1e-12 and int(state.pos) == 3
+    assert error(state.b_start[1, 2], b0) < 1e-12 and error(state.grad_b[1, 2], sum_b) < 1e-12
 
 
-@each(dtype=[torch.float64, torch.float32])
-def test_leaky_average_chunk_is_the_loop(dtype):
-    for T in (1, 2, 64, 65, 4200):      # 4200 > 64²: three levels of the scan
-        torch.manual_seed(0)
-        inputs = [torch.randn(2, T, 3, 4, dtype=dtype), torch.tensor([0.0, 0.6, 0.999], dtype=dtype), torch.randn(2, 3, 4, dtype=dtype)]
-        same(f"T={T}", lambda *x: leaky_average(*x, impl="chunk"), lambda *x: leaky_average(*x, impl="loop"),
-             [x.requires_grad_() for x in inputs], TOLERANCE[dtype], ["y", "state", "dx", "ddecay", "dstate"])
+def check_no_tokens(impl):
+    args = delta_example(0)
+    o, state = gated_delta_rule(**args, impl=impl)
+    assert o.shape == args["v"].shape and torch.equal(state, args["state"])
+    args = ttt_example(0)
+    o, state = ttt_linear(**args, impl=impl)
+    assert o.shape == args["q"].shape and torch.equal(state.W_start[0], args["W"])
 
 
 def test_memories_take_no_tokens():
-    q, k, v, g, beta, S = delta_inputs(0, torch.float32)
-    o, state = gated_delta_rule(q, k, v, g, beta, S)
-    assert o.shape == v.shape and torch.equal(state, S)
-    inputs = ttt_inputs(0, torch.float32)
-    o, state = ttt_linear(*inputs)
-    assert o.shape == inputs[0].shape and torch.equal(state.W[0], inputs[5])
+    check_no_tokens("auto")
     y, state = leaky_average(torch.zeros(2, 0, 3, 4), torch.rand(3), torch.ones(2, 3, 4))
     assert y.shape == (2, 0, 3, 4) and torch.equal(state, torch.ones(2, 3, 4))
 
 
 def test_memories_keep_float32_states():
-    q, k, v, g, beta, _ = (x.detach().bfloat16() for x in delta_inputs(70, torch.float32))
-    o, S = gated_delta_rule(q, k, v, g.float(), beta.float())
+    args = delta_example(dtype=torch.bfloat16)
+    o, S = gated_delta_rule(**args)
     assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
-    reference, _ = gated_delta_rule(q.double(), k.double(), v.double(), g.double(), beta.double())
-    assert error(o, reference) < 1e-2
-    raises(ValueError, lambda: gated_delta_rule(q, k, v, g, beta, impl="fast"), "fast", "chunk")
+    assert error(o, gated_delta_rule(**{name: x.double() for name, x in args.items()})[0]) < 1e-2
+    raises(ValueError, lambda: gated_delta_rule(**args, impl="fast"), "fast", "chunk")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,167 +730,76 @@ def test_learned_positions_end():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# memories.py: the Triton kernels without a GPU: values from the interpreter (float32, against the loops), and what the compiler says
+# memories.py: the Triton kernels without a GPU: values from the interpreter (float32), and what the compiler says
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
+SHARED_LIMIT = {80: 166912, 90: 232448}     # bytes of shared memory that a program may have
 PARITY = 1e-4
+BOTH = [(gated_delta_rule, delta_example), (ttt_linear, ttt_example)]
 
 
-def parity(name, args, fn=None):
-    e = memories.errors(fn or getattr(memories, name), args)
-    assert max(e.values()) <= PARITY, f"{name}: {', '.join(f'{k} {x:.1e}' for k, x in e.items() if x > PARITY)}"
+def kernels_without_one_output():
+    """A loss on the state alone or on the output alone: the gradient of the other one arrives as None."""
+    def state_only(fn, **args):
+        o, state = fn(**args)
+        return o.detach(), state
+
+    def output_only(fn, **args):
+        o, state = fn(**args)
+        return o, state.detach() if torch.is_tensor(state) else memories.TTTState(*[x.detach() for x in state])
+
+    for (fn, make), only in itertools.product(BOTH, (state_only, output_only)):
+        close(only.__name__, functools.partial(only, fn), make(), "triton", PARITY)
 
 
-def delta_example(B=1, T=70, H=2, D=16, **changes):
-    torch.manual_seed(0)
-    args = memories.example("gated_delta_rule", B, T, H, D, Dv=changes.pop("Dv", D))
-    return args | {name: change(args[name]) for name, change in changes.items()}
-
-
-def ttt_example(B=1, T=64, H=2, D=32, K=16, **changes):
-    torch.manual_seed(0)
-    args = memories.example("ttt_linear", B, T, H, D, K=K)
-    return args | {name: change(args[name]) for name, change in changes.items()}
-
-
-def case_delta_head_sizes():
-    for D, Dv in ((16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
-        parity("gated_delta_rule", delta_example(T=66, H=1, D=D, Dv=Dv))
-
-
-def case_delta_lengths():
-    for T in (1, 2, 31, 32, 33, 63, 64, 65, 129):
-        parity("gated_delta_rule", delta_example(T=T, B=2))
-
-
-def case_delta_decay():
-    for g in (0.0, -1e-4, -1.0, -20.0):
-        parity("gated_delta_rule", delta_example(g=lambda x: torch.full_like(x, g)))
-    parity("gated_delta_rule", delta_example(T=130, g=lambda x: torch.where(torch.rand_like(x) < 0.2, -30.0, -0.01)))
-
-
-def case_delta_beta():
-    for beta in (0.0, 1.0):
-        parity("gated_delta_rule", delta_example(beta=lambda x: torch.full_like(x, beta)))
-    parity("gated_delta_rule", delta_example(beta=lambda x: (torch.rand_like(x) < 0.5).float()))
-
-
-def case_delta_alike_keys():
-    one = lambda x: torch.full_like(x, 1.0)
-    identical = lambda k: k[:, :1].expand_as(k).clone()
-    correlated = lambda k: F.normalize(k[:, :1] + 0.1 * k, dim=-1)
-    for keys in (identical, correlated):
-        parity("gated_delta_rule", delta_example(T=130, D=32, k=keys, beta=one, g=torch.zeros_like))
-        parity("gated_delta_rule", delta_example(T=130, D=32, k=keys))
-
-
-def case_delta_state():
-    """A cut anywhere with gradients through the state that is handed over, and no state at all."""
-    def halves(q, k, v, g, beta, state, impl):
-        xs = (q, k, v, g, beta)
-        o1, state = memories.gated_delta_rule(*(x[:, :37] for x in xs), state, impl=impl)
-        o2, state = memories.gated_delta_rule(*(x[:, 37:] for x in xs), state, impl=impl)
-        return torch.cat([o1, o2], 1), state
-    parity("cut", delta_example(), halves)
+def kernels_without_state_gradient_or_tokens():
     args = delta_example()
     del args["state"]
-    parity("gated_delta_rule", args)
-    args = delta_example()
-    o, state = memories.gated_delta_rule(*(args[n][:, :0] for n in ("q", "k", "v", "g", "beta")), args["state"], impl="triton")
-    assert o.shape == (1, 0, 2, 16) and torch.equal(state, args["state"])
-
-
-def case_delta_unused_outputs():
-    """A loss on the output alone or the state alone: the other's gradient arrives as None."""
-    for which in (0, 1):
-        grads = {}
-        for impl in ("loop", "triton"):
-            args = {n: x.requires_grad_() for n, x in delta_example().items()}
-            memories.gated_delta_rule(**args, impl=impl)[which].square().sum().backward()
-            grads[impl] = args["k"].grad
-        assert (grads["triton"] - grads["loop"]).norm() <= PARITY * grads["loop"].norm()
-
-
-def case_delta_inputs():
-    """Strided inputs, float16, and no gradient."""
-    args = delta_example(v=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2), g=lambda g: g.mT.contiguous().mT)
-    parity("gated_delta_rule", args)
-    half = delta_example(q=torch.Tensor.half, k=torch.Tensor.half, v=torch.Tensor.half)
-    assert max(memories.errors(memories.gated_delta_rule, half).values()) < 1e-2
+    close("no state", gated_delta_rule, args, "triton", PARITY)
     with torch.no_grad():
-        got, want = (memories.gated_delta_rule(**delta_example(), impl=impl)[0] for impl in ("triton", "loop"))
-    assert (got - want).norm() <= PARITY * want.norm()
+        for fn, make in BOTH:
+            assert error(fn(**make(), impl="triton")[0], fn(**make(), impl="loop")[0]) <= PARITY
+    check_no_tokens("triton")
 
 
-def case_ttt_sizes():
-    for D, K, T in ((32, 16, 64), (32, 32, 96), (32, 64, 192), (64, 16, 80), (64, 64, 64), (128, 16, 32)):
-        parity("ttt_linear", ttt_example(D=D, K=K, T=T, H=1 + (D == 32)))
+def kernels_in_float16():
+    close("half", gated_delta_rule, delta_example(dtype=torch.float16), "triton", 1e-2)
 
 
-def case_ttt_lengths():
-    for T in (1, 15, 16, 17, 49, 100, 129):
-        parity("ttt_linear", ttt_example(T=T))
+def kernels_compile_without_breaks():
+    def compiled_if_triton(fn, impl, **args):
+        if impl == "triton":
+            fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        return fn(**args, impl=impl)
+    for fn, make in BOTH:
+        close("compiled", functools.partial(compiled_if_triton, fn), make(), "triton", PARITY)
 
 
-def case_ttt_rates():
-    parity("ttt_linear", ttt_example(lr=torch.zeros_like))
-    parity("ttt_linear", ttt_example(lr=lambda x: 8 * x, token_scale=lambda s: torch.where(torch.arange(16) % 3 == 0, 0.0, s)))
-    parity("ttt_linear", ttt_example(k=lambda k: k[:, :1].expand_as(k).clone()))
+def kernels_refuse():
+    for fn, args in ((gated_delta_rule, delta_example(D=24)), (gated_delta_rule, delta_example(dtype=torch.float64)),
+                     (ttt_linear, ttt_example(D=16))):
+        raises(ValueError, lambda: fn(**args, impl="triton"), "expected", "use impl='chunk'")
 
 
-def case_ttt_state():
-    """Cuts inside mini-batches, so that the kernels start from a running one; gradients through all of the state."""
-    def cut(at):
-        def pieces(q, k, v, lr, token_scale, W, b, ln_weight, ln_bias, impl):
-            os, state = [], None
-            for t0, t1 in zip((0, *at), (*at, q.size(1))):
-                xs = (x[:, t0:t1] for x in (q, k, v, lr))
-                o, state = memories.ttt_linear(*xs, token_scale, W, b, ln_weight, ln_bias, state, impl=impl)
-                os.append(o)
-            assert int(state.pos) == q.size(1) % len(token_scale)
-            return torch.cat(os, 1), state
-        return pieces
-    parity("ttt cut", ttt_example(T=100), cut((0, 9, 60)))
-    parity("ttt cut", ttt_example(T=90, K=32), cut((40, 41)))
-
-
-def case_compile_without_breaks():
-    for name, args in (("gated_delta_rule", delta_example()), ("ttt_linear", ttt_example(T=70))):
-        fn = getattr(memories, name)
-        parity(name, args, lambda impl, **xs: torch.compile(fn, fullgraph=True, backend="aot_eager")(**xs, impl=impl)
-               if impl == "triton" else fn(**xs, impl=impl))
-
-
-def case_refusals():
-    for name, args in (("gated_delta_rule", delta_example(D=24)), ("ttt_linear", ttt_example(D=16)),
-                       ("gated_delta_rule", {n: x.double() for n, x in delta_example().items()})):
-        try:
-            getattr(memories, name)(**args, impl="triton")
-            raise AssertionError(f"{name} took a shape or dtype it has no kernel for")
-        except ValueError as e:
-            assert "expected" in str(e) and "chunk" in str(e)
-
-
-CASES = {name[5:]: fn for name, fn in list(globals().items()) if name.startswith("case_")}
-
-
-def run_kernel_cases(prefix):
-    """In the interpreter's process: the cases whose name begins with prefix; one line of JSON, what failed and how."""
+def run_kernel_cases(part):
+    """In the interpreter's process: the cases of a part; the last line is JSON, what failed and how, and the CPU time."""
+    checks = {case: functools.partial(check_case, case, "triton", torch.float32, PARITY) for case in CASES}
+    checks |= {name: check for name, check in globals().items() if name.startswith("kernels_")}
     failed = {}
-    for name, fn in CASES.items():
-        if name.startswith(prefix):
+    for name, check in checks.items():
+        if name.startswith(part):
             try:
-                fn()
+                check()
             except Exception:  # reported by the test that started this process
                 failed[name] = traceback.format_exc()
     print("\n" + json.dumps([failed, time.process_time()]))
 
 
-@each(prefix=["delta", "ttt", "compile", "refusals"])
-def test_kernels_in_the_interpreter(prefix):
+@each(part=["delta", "ttt", "kernels"])
+def test_kernels_in_the_interpreter(part):
     if not HAVE_TRITON:
         raise unittest.SkipTest("triton is not installed")
-    run = subprocess.run([sys.executable, "-c", f"import test_all; test_all.run_kernel_cases({prefix!r})"], cwd=ROOT,
+    run = subprocess.run([sys.executable, "-c", f"import test_all; test_all.run_kernel_cases({part!r})"], cwd=ROOT,
                          capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 0, run.stderr
     failed, seconds = json.loads(run.stdout.splitlines()[-1])
@@ -855,40 +809,57 @@ def test_kernels_in_the_interpreter(prefix):
 
 def test_kernels_need_triton_and_a_gpu():
     """impl='triton' where it cannot run is one sentence; without triton everything else works."""
-    args = delta_example()
-    try:
-        memories.gated_delta_rule(**args, impl="triton")
-        raise AssertionError("kernels ran on CPU tensors")
-    except ValueError as e:
-        assert "use impl='chunk'" in str(e)
+    raises(ValueError, lambda: gated_delta_rule(**delta_example(), impl="triton"), "use impl='chunk'")
     code = ("import sys; sys.modules['triton'] = None; import memories as m\n"
             "for name in ('gated_delta_rule', 'ttt_linear'):\n"
             "    f, a = getattr(m, name), m.example(name, 1, 20, 2, 32)\n"
             "    f(**a)\n"
             "    try: f(**a, impl='triton'); sys.exit(3)\n"
             "    except ValueError as e: assert 'not installed' in str(e)\n")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(memories.__file__).parent)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0, out.stderr
+
+
+def compiled(fn, args, options, arch):
+    """Compile a kernel for sm_80 or sm_90 without a GPU: its registers, stack (spills) and shared memory a program."""
+    import triton
+    triton.runtime.driver.set_active(SimpleNamespace(       # stands where the driver of a GPU would
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch, get_current_stream=lambda device: 0, map_python_to_cpp_type=lambda ty: ty))
+    binary = fn.warmup(*(x.dtype if torch.is_tensor(x) else x for x in args), grid=(1,), **options)
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    in_registers = [x for x in binary.asm["ttgir"].splitlines() if "warp_group_dot " in x and " : tensor" in x]
+    return dict(registers=int(re.search(r"REG:(\d+)", text)[1]), stack=int(re.search(r"STACK:(\d+)", text)[1]),
+                shared=binary.metadata.shared, wgmma_from_registers=len(in_registers))
 
 
 @each(arch=[80, 90], name=["gated_delta_rule", "ttt_linear"])
 def test_kernels_build(arch, name):
-    """Every kernel builds in bf16 within the chip's shared memory, the forward ones without a stack: at D = 64 and 128, or
-    with EVERY_KERNEL=1 in the environment at every size there is (minutes the first time; Triton keeps its binaries)."""
+    """Every kernel builds in bf16 within the chip's shared memory, the forward ones without a stack: at D = 64 and 128.
+    EVERY_KERNEL=1 in the environment does this at every size there is (minutes the first time; Triton keeps its
+    binaries), and prints what the compiler says of each kernel."""
     if not HAVE_TRITON:
         raise unittest.SkipTest("triton is not installed")
-    cells = [(D, {}) for D in (64, 128)]
-    if os.environ.get("EVERY_KERNEL") and name == "gated_delta_rule":
-        cells = [(D, dict(Dv=Dv)) for D in (16, 32, 64, 128) for Dv in (D, 2 * D) if Dv <= 128]
-    elif os.environ.get("EVERY_KERNEL"):
-        cells = [(D, dict(K=K)) for D in (32, 64, 128) for K in (16, 32, 64)]
-    for D, extra in cells:
-        for fn, grid, args, options in memories.launches(name, 2, 256, 2, D, **extra):
-            x = memories.compiled(fn, args, options, arch)
-            where = f"{fn.__name__} for sm_{arch}, D={D} {extra}: {x}"
-            assert x["shared"] <= memories.SHARED_LIMIT[arch], f"too much shared memory: {where}"
+    every = bool(os.environ.get("EVERY_KERNEL"))
+    cells = runs(D=[64, 128])
+    if every and name == "gated_delta_rule":
+        cells = [dict(D=D, Dv=Dv) for D, Dv in [(16, 32), *HEADS]]
+    elif every:
+        cells = runs(D=[32, 64, 128], K=[16, 32, 64])
+    for sizes in cells:
+        parts = memories.launches(name, 2, 256, 2, **sizes)
+        for fn, grid, args, options in parts["forward"] + parts["backward"]:
+            x = compiled(fn, args, options, arch)
+            where = f"{fn.__name__} for sm_{arch}, {sizes}: {x}"
+            if every:
+                print(where, flush=True)
+            assert x["shared"] <= SHARED_LIMIT[arch], f"too much shared memory: {where}"
             assert not x["wgmma_from_registers"], f"wgmma with its left factor in registers: {where}"
-            allowed = 32 if extra.get("K", 16) > 16 else 0      # 8 bytes at D = 128, K = 32
+            allowed = 32 if sizes.get("K", 16) > 16 else 0      # 8 bytes at D = 128, K = 32
             if fn.__name__ in ("_delta_prep", "_delta_forward", "_ttt_forward", "_ttt_output"):
                 assert x["stack"] <= allowed, f"stack use in a forward kernel: {where}"
 
