@@ -3140,9 +3140,21 @@ def test_readme_quotes_the_code():
 
 def test_readme_shows_what_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"`(results/[\w./-]+)`", text)
+    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", text) + re.findall(r"`(results/[\w./-]+)`", text)
     assert named and not [name for name in named if not (ROOT / name).exists()], named
-    assert len(text.splitlines()) <= 400
+    lengths = re.findall(r"`(\w+\.py)` \| ([\d,]+) \|", text)  # of the files, in lines
+    assert len(lengths) == 8
+    for name, said in lengths:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(int(said.replace(",", "")) - lines) <= 0.05 * lines, (name, said, lines)
+
+
+def test_readme_is_short_and_narrow():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 2500, len(text.split())
+    prose = "".join(text.split("```")[::2])  # without code
+    wide = [line for line in prose.splitlines() if len(line) > 160 and not line.startswith("|")]
+    assert not wide, wide
 
 
 # ----------------------------------------------------------------------------------------------------------------------
