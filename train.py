@@ -806,13 +806,6 @@ def plot_losses(history: list[dict], path: Path) -> None:
 GROUPS = ("toy", "architecture", "memory", "data", "optimisation", "run")  # the order of --help
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but what it refuses is a UserError in one line."""
-
-    def error(self, message):
-        raise UserError(message[0].lower() + message[1:] + " (--help lists the flags)")
-
-
 def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=None, fixed: tuple = (),
                words: str = "") -> tuple[dict, list[str]]:
     """argv -> the flags that were given (name -> text; a tuple's flag can be given several times: name -> texts), and
@@ -822,7 +815,7 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
     --help gives as the defaults. words: what --help says of the words; "" allows none. Raises UserError.
     """
     known = {f.name: f for f in fields(kind) if f.name not in fixed}
-    parser = Parser(usage=usage, description=description, allow_abbrev=False,
+    parser = data.Parser(usage=usage, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     if words:
         parser.add_argument("words", nargs="*", help=words)
