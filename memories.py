@@ -112,9 +112,10 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
     decay  (H,)       λ, in [0, 1)
     state  (B,H,D)    y of the token before x; zeros where it is None
 
-    Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs). Raises ValueError for
-    an impl other than auto, loop and chunk. There is no Triton kernel: the chunked form reads x and writes y once,
-    which is nearly all that a kernel would have to move. No T×T matrix is ever built.
+    Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
+    Raises ValueError for an impl other than auto, loop and chunk. There is no Triton kernel: the
+    chunked form reads x and writes y once, which is nearly all that a kernel would have to move. No
+    T×T matrix is ever built.
     Official implementation: github.com/facebookresearch/MemoryMosaics.
     """
     check_impl("leaky_average", impl, ("auto", "loop", "chunk"))
@@ -140,8 +141,9 @@ def _leaky_loop(x, decay, y):
 
 
 def _leaky_chunk(x, decay, state):
-    """The same numbers, C tokens at a time. The last y of every chunk obeys the same recurrence with decay λ^C, so the
-    function calls itself on them. That makes log_C(T) levels, each of them one batched C×C product."""
+    """The same numbers, C tokens at a time. The last y of every chunk obeys the same recurrence
+    with decay λ^C, so the function calls itself on them. That makes log_C(T) levels, each of them
+    one batched C×C product."""
     B, T, H, D = x.shape
     C = min(LEAKY_CHUNK, T)
     x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, D)                          # (B,n,C,H,D)
@@ -177,8 +179,9 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
     scale               1/√Dk where it is None
 
-    Returns o (B,T,H,Dv) in v's dtype, and the new state in float32 (float64 for float64 inputs). Raises ValueError for
-    an unknown impl, and for impl="triton" where there is no GPU, no triton, or no kernel for the shape or dtype.
+    Returns o (B,T,H,Dv) in v's dtype, and the new state in float32 (float64 for float64 inputs).
+    Raises ValueError for an unknown impl, and for impl="triton" where there is no GPU, no triton,
+    or no kernel for the shape or dtype.
     Official implementation: github.com/NVlabs/GatedDeltaNet (it stores Sᵀ).
     """
     check_impl("gated_delta_rule", impl, ("auto", "loop", "chunk", "triton"))
@@ -226,8 +229,9 @@ def _delta_loop(q, k, v, log_alpha, beta, S, scale):
 def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
     """The same numbers, C tokens at a time (Yang et al. 2024, section 3; with gates Yang et al. 2025, section 3.3).
 
-    Let S be the state at a chunk's start, and γ_i the product of α from there to token i. Token i writes β_i times its
-    error, and it reads what the tokens before it in the chunk have written. So the writes V' solve a triangular system:
+    Let S be the state at a chunk's start, and γ_i the product of α from there to token i. Token i
+    writes β_i times its error, and it reads what the tokens before it in the chunk have written. So
+    the writes V' solve a triangular system:
 
         (I + A) V' = diag(β) (V - diag(γ) K S)      A = tril(diag(β) K Kᵀ ⊙ Γ, -1)      Γ_ij = γ_i/γ_j for i >= j
 
@@ -252,8 +256,9 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
     gamma = log_gamma.exp()[..., None]                                                  # (B,H,n,C,1)
     to_end = (log_gamma[..., -1:] - log_gamma).exp()[..., None]
 
-    # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair: as the difference of two sums it would cancel where the
-    # decay is strong. Pairs with i < j are masked before exp, which could overflow there.
+    # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair: as the difference of two sums it would
+    # cancel where the decay is strong. Pairs with i < j are masked before exp, which could overflow
+    # there.
     log_Gamma = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1).cumsum(-1).mT
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     Gamma = log_Gamma.masked_fill(~causal, float("-inf")).exp()                         # (B,H,n,C,C)
@@ -286,8 +291,8 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
 # TTT-Linear
 
 class TTTState(NamedTuple):
-    """The inner model, and the mini-batch that is still running. At the start of a mini-batch grad_W, grad_b and pos
-    are 0. All but pos are float32, or float64 where the inputs are."""
+    """The inner model, and the mini-batch that is still running. At the start of a mini-batch
+    grad_W, grad_b and pos are 0. All but pos are float32, or float64 where the inputs are."""
     W_start: Tensor  # (B,H,D,D)  the inner weights at the mini-batch's start
     b_start: Tensor  # (B,H,D)    the inner bias there
     grad_W: Tensor   # (B,H,D,D)  Σ_j η_j k_jᵀ ∇_j over the running mini-batch
@@ -298,8 +303,9 @@ class TTTState(NamedTuple):
 def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor, W: Tensor, b: Tensor,
                ln_weight: Tensor, ln_bias: Tensor, state: TTTState | None = None,
                impl: str = "auto") -> tuple[Tensor, TTTState]:
-    """Gradient descent on ℓ_j = ½‖f(k_j) - v_j‖² with the inner model f(k) = k + LN(k W + b), one step for a mini-batch
-    of K tokens. Every gradient is taken at the mini-batch's start, and token i sees those of the tokens up to itself:
+    """Gradient descent on ℓ_j = ½‖f(k_j) - v_j‖² with the inner model f(k) = k + LN(k W + b), one
+    step for a mini-batch of K tokens. Every gradient is taken at the mini-batch's start, and token
+    i sees those of the tokens up to itself:
 
         Z_j = k_j W_start + b_start                            ∇_j = ∂ℓ_j/∂Z_j
         W_i = W_start - s_i Σ_{j<=i} η_j k_jᵀ ∇_j              b_i = b_start - s_i Σ_{j<=i} η_j ∇_j
@@ -314,8 +320,8 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor,
     ln_weight, ln_bias  (H,D)      of the inner LayerNorm
     state               the running mini-batch is continued exactly
 
-    Returns o (B,T,H,D) in q's dtype, and the new state. Raises ValueError for an unknown impl, and for impl="triton"
-    where there is no GPU, no triton, or no kernel for the shape or dtype.
+    Returns o (B,T,H,D) in q's dtype, and the new state. Raises ValueError for an unknown impl, and
+    for impl="triton" where there is no GPU, no triton, or no kernel for the shape or dtype.
     Official implementations: github.com/test-time-training/ttt-lm-pytorch and ttt-lm-jax.
     """
     check_impl("ttt_linear", impl, ("auto", "loop", "chunk", "triton"))
@@ -423,8 +429,9 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
         z = keys[n] @ W_start + b_start[:, :, None]
         lr_grad = rates[n] * ttt_gradient(z, targets[n], ln_weight, ln_bias)
 
-        # what each query sees of its own mini-batch: first of the tokens in this piece (the 1 is the bias's share), and
-        # then of those that came with an earlier call, which only the first piece can have
+        # what each query sees of its own mini-batch: first of the tokens in this piece (the 1 is
+        # the bias's share), and then of those that came with an earlier call, which only the first
+        # piece can have
         own = (queries[n] @ keys[n].mT + 1).tril() @ lr_grad
         if pos > 0:
             own = own + queries[n] @ grad_W + grad_b[:, :, None]
@@ -449,14 +456,16 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the kernels share
 #
-# Names in a kernel begin with what they are: i_ an index, o_ offsets along an axis, m_ a mask, p_ a position in a
-# tensor, b_ a block of numbers in registers. Names without a prefix are the arguments: pointers to tensors, sizes, and
-# in capitals the constants that a kernel is compiled for.
+# Names in a kernel begin with what they are: i_ an index, o_ offsets along an axis, m_ a mask, p_ a
+# position in a tensor, b_ a block of numbers in registers. Names without a prefix are the
+# arguments: pointers to tensors, sizes, and in capitals the constants that a kernel is compiled
+# for.
 
-# The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to correct. They were
-# made from bytes, programs in flight and the compiler's report, for the shapes B8 T4096 H6 D128 and B16 T2048 H12 D64.
-# Products with 64 rows and 4 warps or more become wgmma on Hopper. The kernels keep wgmma's left factor in shared
-# memory, because the ptxas that comes with triton 3.6 has miscompiled left factors in registers.
+# The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to
+# correct. They were made from bytes, programs in flight and the compiler's report, for the shapes
+# B8 T4096 H6 D128 and B16 T2048 H12 D64. Products with 64 rows and 4 warps or more become wgmma on
+# Hopper. The kernels keep wgmma's left factor in shared memory, because the ptxas that comes with
+# triton 3.6 has miscompiled left factors in registers.
 TUNING = {
     "delta_prep": dict(BD=32, num_warps=1, num_stages=1),
     "delta_walk": dict(BV=32, num_warps=4, num_stages=3),           # B·H·Dv/BV programs: what an H200 has room for
@@ -470,8 +479,9 @@ TUNING = {
 
 
 def kernel(function):
-    """Makes a function a Triton kernel. Triton turns an argument that equals 1 into a constant; n, the number of rounds
-    of a loop, must stay a variable, or a loop of one round would be compiled into something else."""
+    """Makes a function a Triton kernel. Triton turns an argument that equals 1 into a constant; n,
+    the number of rounds of a loop, must stay a variable, or a loop of one round would be compiled
+    into something else."""
     if triton is None:
         return function
     return triton.jit(function, do_not_specialize=["n"])
@@ -480,8 +490,8 @@ def kernel(function):
 def tuned(row, dtype: torch.dtype, largest: int = 0) -> dict:
     """A row of TUNING as launch options. No block is wider than `largest`, the dimension that it divides.
 
-    float32 is there to be exact and not to be fast. Its products take three passes in tf32, or none where these would
-    not fit into shared memory. For 16-bit inputs the precision has no effect."""
+    float32 is there to be exact and not to be fast. Its products take three passes in tf32, or none
+    where these would not fit into shared memory. For 16-bit inputs the precision has no effect."""
     options = dict(TUNING[row])
     for block in ("BV", "BK", "BD"):
         if block in options:
@@ -504,8 +514,9 @@ def launch_nothing(fn, grid: tuple, args: tuple, options: dict) -> None:
 
 
 def operator(run, outputs: int):
-    """Makes run(launch, *inputs) -> outputs an operator, which torch.compile leaves alone without a graph break. While
-    it traces, torch.compile asks for the shapes of the outputs; `run` then gets a launch that starts nothing."""
+    """Makes run(launch, *inputs) -> outputs an operator, which torch.compile leaves alone without a
+    graph break. While it traces, torch.compile asks for the shapes of the outputs; `run` then gets
+    a launch that starts nothing."""
     kinds = {"scale": "float", "save": "bool"}
     names = list(inspect.signature(run).parameters)[1:]
     inputs = ", ".join(f"{kinds.get(name, 'Tensor')} {name}" for name in names)
@@ -527,20 +538,21 @@ def operator(run, outputs: int):
 #     O = scale diag(γ) Q S + P diag(β) E                                  P = scale tril(Q Kᵀ) ⊙ Γ
 #     S <- γ_C S + (diag(γ_C/γ) K)ᵀ diag(β) E
 #
-# The inverse and P do not need S, so that a first kernel computes them for all chunks at once (_delta_prep). A second
-# one walks from chunk to chunk and does only what needs S (_delta_forward). In the backward pass a third one walks back
-# with the gradient of S (_delta_backward), and a fourth one does all the rest for all chunks at once (_delta_grads).
-# As Γ_ij = γ_i/γ_j, (I + L ⊙ Γ)^-1 = (I + L)^-1 ⊙ Γ: the inverse is taken without gates, and gated where it is stored.
+# The inverse and P do not need S, so that a first kernel computes them for all chunks at once
+# (_delta_prep). A second one walks from chunk to chunk and does only what needs S (_delta_forward).
+# In the backward pass a third one walks back with the gradient of S (_delta_backward), and a fourth
+# one does all the rest for all chunks at once (_delta_grads). The inverse is taken without gates and
+# gated where it is stored, because (I + L ⊙ Γ)^-1 = (I + L)^-1 ⊙ Γ where Γ_ij = γ_i/γ_j.
 
 @kernel
 def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.constexpr, D: tl.constexpr,
                 BD: tl.constexpr, PREC: tl.constexpr):
     """log γ = cumsum(log α)      inverse = (I + L)^-1 ⊙ Γ,  L = tril(K Kᵀ, -1) diag(β)      P = scale tril(Q Kᵀ) ⊙ Γ
 
-    There is one program for a chunk of 32 and head. In registers are the 32×32 products, summed over BD columns of q
-    and k at a time. It reads q, k, log α and β once, and writes log γ and two triangles. The two 16×16 blocks on the
-    diagonal are inverted by forward substitution, both at once, and merged by products. A power series of L would
-    overflow where keys are alike."""
+    There is one program for a chunk of 32 and head. In registers are the 32×32 products, summed
+    over BD columns of q and k at a time. It reads q, k, log α and β once, and writes log γ and two
+    triangles. The two 16×16 blocks on the diagonal are inverted by forward substitution, both at
+    once, and merged by products. A power series of L would overflow where keys are alike."""
     i_n = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     n = tl.num_programs(0)
@@ -595,11 +607,12 @@ def _delta_forward(q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_ch
                    PREC: tl.constexpr):
     """R = V - γ K S      E = inverse R      O = scale γ Q S + P (β E)      S <- γ_C S + (γ_C/γ K)ᵀ (β E)
 
-    There is one program for a head and BV columns of V; it walks the chunks. In registers is Sᵀ (BV, DK) in float32. It
-    reads q, k, v, inverse and P, and writes o; for the backward pass also E, and the state at the start of every second
-    chunk. B·H·DV/BV programs are all that can run at once, which is why nothing is done here that does not need S. The
-    slices of one head read the same q, k, inverse and P, from the L2 cache. Chunks are of 32 and not of 64 tokens,
-    because that halves inverse, P and the products with them."""
+    There is one program for a head and BV columns of V; it walks the chunks. In registers is Sᵀ
+    (BV, DK) in float32. It reads q, k, v, inverse and P, and writes o; for the backward pass also
+    E, and the state at the start of every second chunk. B·H·DV/BV programs are all that can run at
+    once, which is why nothing is done here that does not need S. The slices of one head read the
+    same q, k, inverse and P, from the L2 cache. Chunks are of 32 and not of 64 tokens, because that
+    halves inverse, P and the products with them."""
     i_v = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
@@ -661,9 +674,10 @@ def _delta_backward(q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk,
                     H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, PREC: tl.constexpr):
     """dV' = Pᵀ dO + γ_C/γ K dS      dV = inverseᵀ (β dV')      dS <- γ_C dS + scale (γ Q)ᵀ dO - (γ K)ᵀ dV
 
-    V' = β E is what is written. This is the forward walk in reverse, cut the same way. In registers is dSᵀ (BV, DK). It
-    reads q, k, do, inverse and P, and writes dv and the gradient of the state at the end of every second chunk. Of the
-    forward pass it needs no activation but inverse and P."""
+    V' = β E is what is written. This is the forward walk in reverse, cut the same way. In registers
+    is dSᵀ (BV, DK). It reads q, k, do, inverse and P, and writes dv and the gradient of the state
+    at the end of every second chunk. Of the forward pass it needs no activation but inverse and
+    P."""
     i_v = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
@@ -726,14 +740,15 @@ def _delta_grads(q, k, log_alpha, beta, do, error, dv, S_chunk, dS_chunk, dq, dk
         dq = scale γ dO Sᵀ + dP (β K)               -dk_read = γ dV Sᵀ + dL (β K)
         dk_write = β x,  x = γ_C/γ E dSᵀ + dPᵀ Q - dLᵀ K        dβ_i = k_i·x_i
 
-    Every gate stands beside a q or a k: γ_i beside q_i and a reading k_i, 1/γ_j beside a writing k_j, and γ_C beside
-    the new state S'. So d(log α) is the sum from the right of
+    Every gate stands beside a q or a k: γ_i beside q_i and a reading k_i, 1/γ_j beside a writing
+    k_j, and γ_C beside the new state S'. So d(log α) is the sum from the right of
 
         d(log γ_i) = q_i·dq_i + k_i·dk_read_i - k_i·dk_write_i + [i = C] ⟨S', dS⟩
 
-    There is one program for a chunk of 64 and head; E and dV do not depend on the chunk, so that this one may be longer
-    than the walk's. In registers are dP and dL, and BK rows at a time of dqᵀ, dk_readᵀ and xᵀ, which would not fit as a
-    whole. It reads q, k, dO, E, dV, S and dS, and writes dq, dk, d(log α) and dβ, all once."""
+    There is one program for a chunk of 64 and head; E and dV do not depend on the chunk, so that
+    this one may be longer than the walk's. In registers are dP and dL, and BK rows at a time of
+    dqᵀ, dk_readᵀ and xᵀ, which would not fit as a whole. It reads q, k, dO, E, dV, S and dS, and
+    writes dq, dk, d(log α) and dβ, all once."""
     i_n = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     n = tl.num_programs(0)
@@ -889,15 +904,17 @@ def _delta_triton(q, k, v, g, beta, state, scale):
 # ----------------------------------------------------------------------------------------------------------------------
 # TTT-Linear in Triton
 #
-# W and b walk from mini-batch to mini-batch, and LayerNorm needs whole rows. So there is one program for a head and a
-# chain of T/K steps, each as short as it can be (_ttt_forward). The reverse walk is the same chain for dW and db
-# (_ttt_backward); for it the forward pass leaves ẑ and 1/σ of both LayerNorms, that of a key's answer Z = K W + b and
-# that of a query's answer Zq. What only uses W or dW leaves the chain: the outputs, dq and dk. They need W at the start
-# and dW at the end of every 64 tokens. In between, the W of a mini-batch is a sum over the tokens before it, so that a
-# kernel that is parallel over chunks of 64 does the rest with masks, as in attention (_ttt_output and _ttt_grads).
+# W and b walk from mini-batch to mini-batch, and LayerNorm needs whole rows. So there is one
+# program for a head and a chain of T/K steps, each as short as it can be (_ttt_forward). The
+# reverse walk is the same chain for dW and db (_ttt_backward); for it the forward pass leaves ẑ and
+# 1/σ of both LayerNorms, that of a key's answer Z = K W + b and that of a query's answer Zq. What
+# only uses W or dW leaves the chain: the outputs, dq and dk. They need W at the start and dW at the
+# end of every 64 tokens. In between, the W of a mini-batch is a sum over the tokens before it, so
+# that a kernel that is parallel over chunks of 64 does the rest with masks, as in attention
+# (_ttt_output and _ttt_grads).
 #
-# G stands for the rows η_j ∇_j, which the kernels keep as lr_grad. LN's derivative takes a gradient e at ẑ to
-# (e - mean e - ẑ mean(e ẑ))/σ at Z.
+# G stands for the rows η_j ∇_j, which the kernels keep as lr_grad. LN's derivative takes a gradient
+# e at ẑ to (e - mean e - ẑ mean(e ẑ))/σ at Z.
 
 @kernel
 def _centred(b_e, b_z_hat, D: tl.constexpr):
@@ -911,12 +928,13 @@ def _ttt_forward(k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, lr
                  SAVE: tl.constexpr, PREC: tl.constexpr):
     """Z = K W + b      1/σ = 1/σ(Z), ẑ = (Z - mean Z)/σ      G = η ∂ℓ/∂Z      W <- W - s_K Kᵀ G      b <- b - s_K Σ G
 
-    There is one program for a head; it walks the mini-batches. In registers are W (D, D) and b in float32. It reads k,
-    v and η, and writes G, and W and b at the start of every 64 tokens; for the backward pass also ẑ and 1/σ. A step of
-    W is taken at the start of the next iteration: the compiler cuts all products of a loop as it cuts the last one, and
-    that should be K W, whose columns the warps can share. A mini-batch of more than 16 tokens is walked in pieces of
-    16. W_start and b_start are those of the first mini-batch; in registers b_W_start and b_b_start are those of the
-    running one, which all of its pieces use."""
+    There is one program for a head; it walks the mini-batches. In registers are W (D, D) and b in
+    float32. It reads k, v and η, and writes G, and W and b at the start of every 64 tokens; for the
+    backward pass also ẑ and 1/σ. A step of W is taken at the start of the next iteration: the
+    compiler cuts all products of a loop as it cuts the last one, and that should be K W, whose
+    columns the warps can share. A mini-batch of more than 16 tokens is walked in pieces of 16.
+    W_start and b_start are those of the first mini-batch; in registers b_W_start and b_b_start are
+    those of the running one, which all of its pieces use."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
@@ -989,8 +1007,9 @@ def _ttt_output(q, k, lr_grad, token_scale, ln_weight, ln_bias, W_chunk, b_chunk
     """Zq = Q W + b - ((Q Kᵀ + 1) ⊙ M) G      M_ij = s_K for j in an earlier mini-batch, s_i for j <= i in the same one
     o = q + LN(Zq)
 
-    There is one program for a chunk of 64 tokens and head; W and b are those of its start. In registers are the 64×64
-    weights and Zqᵀ (D, 64). It reads q, k, G and W, and writes o; for the backward pass also ẑq and 1/σq."""
+    There is one program for a chunk of 64 tokens and head; W and b are those of its start. In
+    registers are the 64×64 weights and Zqᵀ (D, 64). It reads q, k, G and W, and writes o; for the
+    backward pass also ẑq and 1/σq."""
     i_n = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
@@ -1045,11 +1064,12 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
         dẑ = w² de - m u - a e                             dZ = r (dẑ - mean dẑ - ẑ (mean(dẑ ẑ) + mean(u h)))
         dW <- dW + Kᵀ dZ + Qᵀ dZq                          db <- db + Σ dZ + dZq
 
-    There is one program for a head; it walks the mini-batches in reverse. In registers are dW and db in float32, and
-    the gradients of the LayerNorm's weight and bias. It reads q, k, v, do, ẑ and ẑq, and writes dv, dZ, dZq, and dW at
-    the end of every 64 tokens. W does not appear, because what depended on it is in ẑ and ẑq. As in _ttt_forward the
-    step of dW is taken one piece late, and a mini-batch of more than 16 tokens is walked in pieces of 16, for all of
-    which b_dW_end and b_db_end are those at its end. What its later pieces ask of the earlier ones through Q Kᵀ + 1 is
+    There is one program for a head; it walks the mini-batches in reverse. In registers are dW and
+    db in float32, and the gradients of the LayerNorm's weight and bias. It reads q, k, v, do, ẑ and
+    ẑq, and writes dv, dZ, dZq, and dW at the end of every 64 tokens. W does not appear, because
+    what depended on it is in ẑ and ẑq. As in _ttt_forward the step of dW is taken one piece late,
+    and a mini-batch of more than 16 tokens is walked in pieces of 16, for all of which b_dW_end and
+    b_db_end are those at its end. What its later pieces ask of the earlier ones through Q Kᵀ + 1 is
     collected in X = Σ s qᵀ dZq and x = Σ s dZq."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // H
@@ -1178,16 +1198,17 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
 @kernel
 def _ttt_grads(q, k, token_scale, lr_grad, dz, dzq, do, dv, W_chunk, dW_chunk, dq, dk, dscale, T, H: tl.constexpr,
                D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
-    """Token i sees row j of G through W if j is in an earlier mini-batch (with weight s_K), and through tril(Q Kᵀ + 1)
-    if j is in its own (with weight s_i). Of all that was before the chunk it sees W. With W at the chunk's start and dW
-    at its end:
+    """Token i sees row j of G through W if j is in an earlier mini-batch (with weight s_K), and
+    through tril(Q Kᵀ + 1) if j is in its own (with weight s_i). Of all that was before the chunk it
+    sees W. With W at the chunk's start and dW at its end:
 
         A_ij = dZq_i·G_j (s_K | s_i)      B_ij = s_K dZ_i·G_j, earlier mini-batches only
         dq = do + dZq Wᵀ - A K            dk = -dv + dZ Wᵀ - s_K G dWᵀ - (B + Bᵀ) K - Aᵀ Q
         ds_i = -Σ_j dZq_i·G_j (q_i·k_j + 1), own mini-batch
 
-    There is one program for a chunk of 64 tokens and head. In registers are A and B + Bᵀ, and BD rows of dqᵀ and dkᵀ at
-    a time. It reads q, k, G, dZ, dZq, do, dv, W and dW, and writes dq and dk, all once."""
+    There is one program for a chunk of 64 tokens and head. In registers are A and B + Bᵀ, and BD
+    rows of dqᵀ and dkᵀ at a time. It reads q, k, G, dZ, dZq, do, dv, W and dW, and writes dq and
+    dk, all once."""
     i_n = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
@@ -1336,8 +1357,8 @@ _ttt_forward_op.register_autograd(_ttt_autograd, setup_context=_ttt_save)
 
 
 def _ttt_triton(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
-    """ttt_linear by the kernels, which take whole mini-batches. What completes a running one, and what is left over at
-    the end, takes the chunked form: fewer than K tokens each, and exact."""
+    """ttt_linear by the kernels, which take whole mini-batches. What completes a running one, and
+    what is left over at the end, takes the chunked form: fewer than K tokens each, and exact."""
     T = q.size(1)
     K = len(token_scale)
     first = min(-pos % K, T)                                        # tokens that complete the running mini-batch
@@ -1383,8 +1404,8 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def example(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16, device="cpu",
             dtype=torch.float32) -> dict:
-    """Arguments of a function as a trained layer would give them. x, q, k and v have the dtype that is asked for;
-    gates, weights and states are in float32 at least."""
+    """Arguments of a function as a trained layer would give them. x, q, k and v have the dtype that
+    is asked for; gates, weights and states are in float32 at least."""
     def normal(*shape):
         return torch.randn(*shape, device=device, dtype=state_dtype(dtype))
 
@@ -1428,9 +1449,10 @@ def results(fn, args: dict, impl: str) -> dict:
 
 
 def errors(fn, args: dict, impl: str = "triton") -> dict:
-    """The relative error ‖a - b‖/‖b‖ of everything in results() against the loop, which gets the same numbers in
-    float32 at least. What is zero, as dβ where nothing depends on it, is compared with 1 instead. An error that is not
-    a number counts as infinite, so that no comparison can overlook it."""
+    """The relative error ‖a - b‖/‖b‖ of everything in results() against the loop, which gets the
+    same numbers in float32 at least. What is zero, as dβ where nothing depends on it, is compared
+    with 1 instead. An error that is not a number counts as infinite, so that no comparison can
+    overlook it."""
     exact = {name: x.to(state_dtype(x.dtype)) for name, x in args.items()}
     want = results(fn, exact, "loop")
     got = results(fn, args, impl)
@@ -1470,8 +1492,8 @@ BYTES_A_SECOND = 4.3e12
 
 
 def kernel_flops(kernel_name: str, D: int) -> int:
-    """FLOPs of a kernel for a token and head, with Dk = Dv = D. Chunks are of 32 tokens in the delta rule's first three
-    kernels, pieces of 16 in TTT's walks, and chunks of 64 elsewhere."""
+    """FLOPs of a kernel for a token and head, with Dk = Dv = D. Chunks are of 32 tokens in the
+    delta rule's first three kernels, pieces of 16 in TTT's walks, and chunks of 64 elsewhere."""
     return {
         "_delta_prep": 4 * 32 * D + 4 * 32 * 32,
         "_delta_forward": 6 * D * D + 4 * 32 * D,
@@ -1485,9 +1507,10 @@ def kernel_flops(kernel_name: str, D: int) -> int:
 
 
 def floor(name: str, part: str, D: int) -> tuple[int, int]:
-    """The least that a function has to do for a token and head: (FLOPs, bytes), where inputs are read once and outputs
-    written once, in bf16. The delta rule's FLOPs are those of the usual form in chunks of 64. The walks here take
-    fewer, because their chunks are of 32 and because the error E is kept and not computed twice."""
+    """The least that a function has to do for a token and head: (FLOPs, bytes), where inputs are
+    read once and outputs written once, in bf16. The delta rule's FLOPs are those of the usual form
+    in chunks of 64. The walks here take fewer, because their chunks are of 32 and because the error
+    E is kept and not computed twice."""
     return {
         ("gated_delta_rule", "forward"): (10 * 64 * D + 6 * D * D, 8 * D + 6),
         ("gated_delta_rule", "backward"): (28 * 64 * D + 16 * D * D + 4 * 64 * 64, 14 * D + 12),
@@ -1503,8 +1526,9 @@ def at_the_ceilings(flops: float, nbytes: float) -> float:
 
 def launches(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16,
              dtype=torch.bfloat16) -> dict:
-    """The kernel launches of a function's forward and backward pass, recorded and not run: for either part a list of
-    (kernel, grid, arguments, options). The tensors among the arguments have shapes, but no memory."""
+    """The kernel launches of a function's forward and backward pass, recorded and not run: for
+    either part a list of (kernel, grid, arguments, options). The tensors among the arguments have
+    shapes, but no memory."""
     recorded = {"forward": [], "backward": []}
 
     def forward(*launched):
@@ -1633,6 +1657,7 @@ def benchmark(name: str, shape: str) -> None:
 
 
 def main() -> None:
+    """Checks the kernels, and times them on a GPU or counts their work without one."""
     if triton is None:
         raise SystemExit("error: triton is not installed, and there is nothing to check without it; pip install triton")
     cells = [(name, shape) for name in ("gated_delta_rule", "ttt_linear") for shape in SHAPES]
