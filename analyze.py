@@ -3,26 +3,38 @@
     python analyze.py results/ [more folders] [--out=DIR] [--by=key,key]
 
 Reading order
-    reading     result files -> Run; files that can't be read are named, skipped and counted
-    cells       runs of one condition and many seeds; a cell that mixes configurations is an error
-    statistics  paired t, exact sign-flip, Holm, closure, gain-deficit correlation, Pareto frontier, matched compute
-    tables      what REPORT.md holds           figures     what stands beside it           main        the command line
+    names        what a condition is called, how it is drawn, how a table is printed; the other scripts use these too
+    reading      result files -> Run; a file that can't be read is named, skipped and counted
+    cells        all runs of one condition, one per seed; a cell that mixes configurations is an error
+    statistics   paired t test, exact sign-flip test, Holm's correction, closure, gain and deficit, Pareto frontier
+    tables       the tables of REPORT.md
+    figures      the pictures beside it
+    report       REPORT.md, and the command line
 
 Glossary
-    run         one training run = one result file        cell      all runs of one condition, one per seed
-    study       cells that may be compared: same preset, same data; comparisons stay within one context length T
-    local       no memory, windowed attention (SSSL)      global    no memory, full attention (L)
-    bpb         bits per byte; mBPB = 0.001 bpb, the unit of every difference (negative = better than the baseline)
-    D(p)        positional deficit: local - global bpb at position p, what the window costs there
-    G(p)        gain of a memory: local - memory bpb      closure   ΣG/ΣD, the share of the deficit it wins back
-    seed pair   two runs with one seed see the same batches in the same order, so their difference has less noise
+    run          one training run. It leaves one result file.
+    condition    what a run tests: "local", "global", "rmt", "ttt@1+3". See `condition`.
+    cell         all runs of one condition at one training length T, one for each seed.
+    study        cells that may be compared: they have the same preset and the same data.
+    local        no memory. Attention sees a short window in most layers (the pattern SSSL).
+    global       no memory. Attention sees all of the past in every layer (the pattern L).
+    bpb          bits per byte of validation text. Less is better.
+    mBPB         0.001 bpb, the unit of every difference. A negative one is better than the baseline.
+    D(p)         positional deficit: bpb of local minus bpb of global at position p. It is what the window costs there.
+    G(p)         gain of a memory: bpb of local minus bpb of the memory at position p.
+    closure      ΣG/ΣD over the positions: the share of the deficit that the memory wins back.
+    seed pair    two runs with the same seed. They see the same batches in the same order, so that much of the noise
+                 cancels in their difference.
 
-Exit status: 0 all read, 1 some files skipped (the report is written from the others), 2 bad input.
+Exit status: 0 all files were read, 1 some were skipped (the report is written from the others), 2 bad input.
 
 References
-    Holm 1979, a simple sequentially rejective multiple test procedure; Fisher 1935, the design of experiments (the
-    sign-flip test); Hesterberg 2015 (arXiv 1411.5279) on how the bootstrap undercovers at small n; Pearson 1897 on the
-    spurious correlation of quantities that share a term. The palette is Okabe and Ito's.
+    Student 1908, "The probable error of a mean": the t test.
+    Fisher 1935, The Design of Experiments, chapter III: the sign-flip test, on Darwin's pairs of plants.
+    Holm 1979, "A simple sequentially rejective multiple test procedure": the correction for many tests.
+    Hesterberg 2015, arXiv 1411.5279: why percentiles of a bootstrap are too narrow for small samples.
+    Pearson 1897, "On a form of spurious correlation": quantities that share a term correlate by that alone.
+    Okabe and Ito 2008, "Color universal design": the colours.
 """
 import argparse
 import io
@@ -31,8 +43,11 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -41,41 +56,36 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first, so that no display is needed)
 
-PEER = "memory-bench"    # stands for the dataset, which that project's files don't name
-MIN_SEEDS = 3            # with fewer pairs a standard deviation says nothing, so no number is printed
-BOOTSTRAP = 10_000
+PEER = "memory-bench"         # stands for the dataset, which that project's files don't name
+MIN_SEEDS = 3                 # fewer pairs can't tell how far the differences scatter: no test, no interval
+BOOTSTRAP = 10_000            # resamples behind the interval of a closure
 NOT_ENOUGH = "not enough seeds"
-COSTS = {"minutes": "training time (minutes)", "flops": "training compute (FLOPs)", "state_bytes": "state (bytes)"}
-# where and how a run was executed, not what was trained: these may differ inside a cell
+COSTS = {
+    "minutes": "training time (minutes)",
+    "flops": "training compute (FLOPs)",
+    "state_bytes": "state (bytes)",
+}
+
+# These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
-# settings that one memory alone reads, told by prefix or by name; elsewhere they mean nothing
-OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
+# A setting that begins with the name of one of these memories is read by that memory alone.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
-
-
-CONDITIONS = {           # what their names mean, for the report
-    "local": "no memory; attention, in most layers to a short window only",
-    "global": "no memory; attention to all of the past in every layer",
-    "persistent": "attention that also sees learned key/value slots, the same in every sequence",
-    "rmt": "reads in segments; memory tokens, read before each and written after it, carry the past on",
-    "rmt-0": "the segments of rmt with 0 memory tokens: the baseline that shows what rmt's memory is worth",
-    "ttt": "in place of attention a linear model per head, trained by gradient descent while it reads",
-    "deltanet": "in place of attention a matrix per head, written and erased by the gated delta rule",
-    "knn": "attention to a short window and to the nearest keys in a store of what has left it",
-    "mosaic": "contextual associative memories in place of attention, persistent ones in place of the MLP"}
+# So are these, whose names don't tell.
+OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
 
 
 class UserError(Exception):
-    """Bad input: main prints the sentence after `error:` and exits 2."""
+    """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One name, one look, one table, one kind of picture for a condition. train.py, eval.py and toys.py call these too.
+# Names, looks, tables and pictures. train.py, eval.py and toys.py call these too.
 
-USUAL_WINDOW = "SSSL"    # this pattern of attention layers is left out of a condition's name
-# these take the place of a layer's attention, or see a window of their own, so that the pattern does not reach them
+# The usual pattern of attention layers (S: short window, L: all of the past). Names leave it out.
+USUAL_WINDOW = "SSSL"
+# These memories replace a layer's attention or have their own window, so they don't follow the pattern.
 NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart. The markers tell them apart in grey.
+# Okabe and Ito's colours: colour-blind readers can tell them apart. Markers do the same in grey.
 LOOKS = {
     "local": dict(color="#000000", marker="o"),
     "global": dict(color="#7f7f7f", marker="s"),
@@ -88,13 +98,25 @@ LOOKS = {
     "mosaic": dict(color="#56B4E9", marker="p"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
+# What the names mean, for the reader of a report.
+CONDITIONS = {
+    "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
+    "global": "no memory; attention sees all of the past in every layer",
+    "persistent": "attention that also sees learned key/value slots, the same ones in every sequence",
+    "rmt": "reads in segments; memory tokens, read before each and written after it, carry the past on",
+    "rmt-0": "the segments of rmt with 0 memory tokens: the baseline that shows what rmt's memory is worth",
+    "ttt": "in place of attention a linear model per head, which is trained by gradient descent while it reads",
+    "deltanet": "in place of attention a matrix per head, which is written and erased by the gated delta rule",
+    "knn": "attention to a short window, and to the nearest keys in a store of what has left the window",
+    "mosaic": "contextual associative memories in place of attention, persistent ones in place of the MLP",
+}
 
 
 def attention_name(window: str) -> str:
-    """The name of a run without a memory: it follows from which layers see all of the past (L) and which don't (S)."""
+    """The name of a run without a memory, from the pattern of its attention layers."""
     if set(window) == {"L"}:
         return "global"
-    return "local"
+    return "local" if window == USUAL_WINDOW else f"local {window}"
 
 
 def sees_pattern(settings: dict) -> bool:
@@ -108,29 +130,31 @@ def condition(settings: dict) -> str:
         local, global    no memory                             rmt-0        rmt without memory tokens
         ttt@1+3          the memory in layers 1 and 3 only     local SL     another window pattern than SSSL
 
-    A setting that is missing has its default. The pattern stands behind the name only if attention layers follow it.
+    A setting that is missing has its default. The pattern stands behind the name only if attention
+    layers follow it.
     """
     memory = settings.get("memory", "none")
     layers = settings.get("memory_layers", "all")
     window = settings.get("window", USUAL_WINDOW)
 
     if memory == "none":
-        name = attention_name(window)
-    elif memory == "rmt" and settings.get("rmt_tokens", 16) == 0:
-        name = "rmt-0"
-    else:
-        name = memory
+        return attention_name(window)
 
-    if memory != "none" and layers != "all":
+    # rmt without memory tokens has no memory left: it is what rmt is judged against
+    name = memory
+    if memory == "rmt" and settings.get("rmt_tokens", 16) == 0:
+        name = "rmt-0"
+    if layers != "all":
         name += f"@{layers}"
-    if name != "global" and window != USUAL_WINDOW and sees_pattern(settings):
+    if window != USUAL_WINDOW and sees_pattern(settings):
         name += f" {window}"
     return name
 
 
 def base_name(name: str) -> str:
-    """A condition without what follows its memory: "ttt@1+3 SL" -> "ttt", memory-bench's "rmt-m16-s512" -> "rmt"."""
+    """The first part of a condition: "ttt@1+3 SL" -> "ttt", memory-bench's "rmt-m16-s512" -> "rmt"."""
     first_word = re.split("[ @]", name)[0]
+    # "rmt-0" is a condition of its own; behind other names a dash begins memory-bench's settings
     return first_word if first_word in LOOKS else first_word.split("-")[0]
 
 
@@ -149,27 +173,30 @@ def cell_text(cell) -> str:
 def table(head: list[str], rows: list[list], left: int = 1) -> str:
     """An aligned Markdown table. It reads well on a terminal too.
 
-    The first `left` columns are aligned to the left, the others to the right. A float gets 4 decimals, None becomes
-    "-". Without rows there is no table: the text is empty.
+    The first `left` columns are aligned to the left, the others to the right. A float gets 4
+    decimals, None becomes "-". Without rows there is no table: the text is empty.
     """
     if not rows:
         return ""
-    lines = [head] + [[cell_text(cell) for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    # column by column, since a column's cells have one width
+    columns = []
+    for i, cells in enumerate(zip(head, *rows, strict=True)):
+        texts = [cell_text(cell) for cell in cells]
+        # a line of dashes below the title; Markdown takes a colon at its end for "aligned to the right"
+        width = max(3, *map(len, texts))
+        if i < left:
+            texts.insert(1, "".ljust(width, "-"))
+            columns.append([text.ljust(width) for text in texts])
+        else:
+            texts.insert(1, ":".rjust(width, "-"))
+            columns.append([text.rjust(width) for text in texts])
 
-    def aligned(cells: list[str]) -> str:
-        padded = []
-        for i, (cell, width) in enumerate(zip(cells, widths)):
-            padded.append(cell.ljust(width) if i < left else cell.rjust(width))
-        return "| " + " | ".join(padded) + " |\n"
-
-    # the colon at the end of its dashes is how Markdown knows a column that is aligned to the right
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return aligned(head) + aligned(rule) + "".join(aligned(line) for line in lines[1:])
+    lines = ["| " + " | ".join(line) + " |\n" for line in zip(*columns)]
+    return "".join(lines)
 
 
 def panels(rows: int, cols: int, size: tuple, **more):
-    """A figure of `size` (width, height) inches and its rows × cols axes; `more` goes to matplotlib's subplots."""
+    """A figure of `size` (width, height) inches, and its axes (rows,cols). `more` goes to plt.subplots."""
     figure, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained", **more)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -190,104 +217,209 @@ def picture(figure) -> bytes:
 
 @dataclass
 class Run:
+    """One training run, as its result file tells of it."""
     path: str
     preset: str
     dataset: str
-    memory: str               # "none", "deltanet", ...; memory-bench's own names keep their suffix: "rmt-m16-s512"
-    layers: str
+    memory: str               # "none", "deltanet", ...; memory-bench's own names keep their settings: "rmt-m16-s512"
     window: str
-    T: int
+    follows_pattern: bool     # does any of its layers attend as `window` says?
+    condition: str            # its name, see `condition`
+    T: int                    # tokens in a training sequence
     seed: int
-    bpb: float
-    curve: dict               # position -> bpb of that bucket
-    tokens: list              # bytes in each bucket: equal for two curves measured on the same tokens
-    recombined: float | None  # Σnats / (ln2 Σbytes) over the buckets: has to be bpb again
-    costs: dict               # minutes, flops, state_bytes, ...; what is absent was not recorded
-    log: list                 # {step, seconds, tokens, val_bpb}
-    config: dict              # everything that has to agree inside a cell
+    bpb: float                # of the validation text
+    curve: dict               # position -> bpb of that bucket of positions
+    bucket_bytes: list        # bytes in each bucket; two curves of the same tokens have the same
+    recombined: float | None  # bpb of all buckets together: it has to be `bpb` again
+    costs: dict               # minutes, flops, state_bytes, ...; what was not recorded is absent
+    log: list                 # the evaluations during training: {step, seconds, tokens, val_bpb}
+    config: dict              # every setting that has to agree inside a cell
 
 
 def finite(x) -> bool:
-    """JSON written by Python may hold NaN; true and false are no numbers."""
+    """Is x a finite number? JSON written by Python may hold NaN; true and false are no numbers here."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def recombine(nats, nbytes) -> float:
-    """bpb of several buckets together. The ratio of the sums, never the mean of the ratios."""
-    return float(np.sum(nats) / (math.log(2) * np.sum(nbytes)))
+def recombine(nats, n_bytes) -> float:
+    """bpb of several buckets together: Σnats / (ln 2 · Σbytes). It is not the mean of the buckets' bpb."""
+    return float(np.sum(nats) / (math.log(2) * np.sum(n_bytes)))
 
 
-def read_curve(d: dict) -> tuple[dict, list, float]:
-    """bpb by position in either schema -> {position: bpb}, bytes, recombined total. Empty buckets are left out."""
+def our_curve(content: dict) -> tuple[dict, list, float]:
+    """bpb by position as train.py writes it.
+
+    A bucket without bytes holds special tokens only, and is left out.
+    """
+    curve = {}
+    full_nats = []
+    full_bytes = []
+    for position, nats, n_bytes in zip(content["positions"], content["nats"], content["bytes"], strict=True):
+        if n_bytes > 0:
+            curve[int(position)] = recombine(nats, n_bytes)
+            full_nats.append(nats)
+            full_bytes.append(n_bytes)
+    return curve, full_bytes, recombine(full_nats, full_bytes)
+
+
+def peer_curve(content: dict) -> tuple[dict, list, float]:
+    """bpb by position as memory-bench writes it: {"buckets": {"0-64": {"bpb": 1.30}, ...}}."""
+    curve = {}
+    for span, bucket in content["buckets"].items():
+        start = int(span.split("-")[0])
+        curve[start] = float(bucket["bpb"])
+    # bytes are not recorded, so that the mean of the ratios is all that can be computed
+    return curve, [], float(np.mean(list(curve.values())))
+
+
+def read_curve(content: dict) -> tuple[dict, list, float]:
+    """bpb by position in either schema -> {position: bpb}, bytes by bucket, bpb of all buckets."""
     try:
-        if "buckets" in d:                                            # memory-bench: {"0-64": {"bpb": 1.30}}
-            curve = {int(k.split("-")[0]): float(v["bpb"]) for k, v in d["buckets"].items()}
-            total, nbytes = float(np.mean(list(curve.values()))), []  # a mean of ratios is all that it records
-        else:
-            rows = [row for row in zip(d["positions"], d["nats"], d["bytes"], strict=True) if row[2] > 0]
-            curve = {int(position): recombine(nats, nb) for position, nats, nb in rows}
-            total, nbytes = recombine([r[1] for r in rows], [r[2] for r in rows]), [r[2] for r in rows]
+        curve, bucket_bytes, total = peer_curve(content) if "buckets" in content else our_curve(content)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"bpb_by_position is malformed ({type(e).__name__}: {e})") from e
-    if not curve or not np.isfinite(list(curve.values())).all():
+    if not curve or not all(map(math.isfinite, curve.values())):
         raise ValueError("bpb_by_position is empty or holds a value that is not finite")
-    return dict(sorted(curve.items())), nbytes, total
+    return dict(sorted(curve.items())), bucket_bytes, total
+
+
+def read_costs(content: dict) -> dict:
+    """What a run cost, by name. Only what was recorded as a finite number is there."""
+    names = ("total_params", "memory_params", "flops_per_token", "state_bytes", "tokens_per_second", "train_tokens")
+    costs = {name: content.get(name) for name in names}
+    costs["minutes"] = content.get("total_time_min")
+    costs["flops"] = content.get("total_flops")
+    costs["peak_mib"] = content.get("peak_vram_mib") or content.get("peak_rss_mib")
+    costs = {name: value for name, value in costs.items() if finite(value)}
+
+    # our files hold the FLOPs of a token, memory-bench's those of the whole training
+    if "flops_per_token" in costs and "train_tokens" in costs:
+        costs["flops"] = costs["flops_per_token"] * costs["train_tokens"]
+    return costs
+
+
+def is_result(path: Path, content) -> bool:
+    """Is this the result of a training run? A toy's result and other JSON files are not."""
+    if isinstance(content, dict) and "toy" in content:
+        return False
+    if isinstance(content, dict) and content.keys() & {"memory", "mechanism", "val_bpb"}:
+        return True
+    # memory-bench's files have any name, ours this one
+    if path.name == "result.json":
+        raise ValueError("holds none of memory, mechanism, val_bpb")
+    return False
+
+
+def expect(name: str, value, kind: type) -> None:
+    """A ValueError that names the entry of the file, unless its value is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
+
+
+def read_settings(content: dict) -> dict:
+    """The settings that name a condition and a study, in either schema.
+
+    What a result repeats at its top counts before its config. memory-bench has other names for some,
+    and no config.
+    """
+    settings = (content.get("config") or {}) | content
+    if "memory" not in content:
+        settings["memory"] = content["mechanism"]
+        settings.setdefault("preset", f"d{content.get('depth', '')}")
+        settings.setdefault("dataset", PEER)
+        settings.setdefault("window", content.get("window_pattern"))
+
+    if settings["memory"] == "baseline":
+        settings["memory"] = "none"
+    settings["window"] = str(settings.get("window") or USUAL_WINDOW)
+    settings["memory_layers"] = str(settings.get("memory_layers", "all"))
+    return settings
 
 
 def read_run(path: Path) -> Run | None:
-    """One file -> Run; None for a JSON file that is something else; ValueError for one that is broken or partial."""
-    if path.name.startswith("eval_"):                                 # eval.py's: its run has a result.json besides
+    """One file -> Run; None if it is no result; ValueError if it is broken or partial."""
+    # eval.py's file lies beside the result.json of the run that it measured, so the run is not missed
+    if path.name.startswith("eval_"):
         return None
-    d = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(d, dict) and d.keys() & {"memory", "mechanism", "val_bpb"}):
-        if path.name != "result.json":
-            return None
-        raise ValueError("holds none of memory, mechanism, val_bpb")
-    memory, config, T = d.get("memory", d.get("mechanism")), d.get("config") or {}, d.get("max_seq_len", 2048)
-    position, log = d.get("bpb_by_position") or {}, d.get("log") or d.get("curve") or []
-    if not finite(d.get("val_bpb")):
-        raise ValueError(f"val_bpb is {d.get('val_bpb', 'missing')!r}, expected a finite number: did the run diverge?")
-    for name, value, kind in (("memory", memory, str), ("seed", d.get("seed"), int), ("max_seq_len", T, int),
-                              ("config", config, dict), ("bpb_by_position", position, dict), ("log", log, list)):
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
-    if memory == "rmt" and config.get("rmt_tokens") == 0:
-        memory = "rmt-0"                                              # RMT's fair baseline: its segments, no memory
-    memory = "none" if memory == "baseline" else memory
-    costs = {**d, "minutes": d.get("total_time_min"), "flops": d.get("total_flops"),
-             "peak_mib": d.get("peak_vram_mib") or d.get("peak_rss_mib")}
-    costs = {k: v for k, v in costs.items() if finite(v)}
-    if {"flops_per_token", "train_tokens"} <= costs.keys():
-        costs["flops"] = costs["flops_per_token"] * costs["train_tokens"]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not is_result(path, content):
+        return None
+
+    # these have another name in memory-bench's schema, or may be missing
+    memory = content.get("memory", content.get("mechanism"))
+    config = content.get("config") or {}
+    T = content.get("max_seq_len", 2048)
+    by_position = content.get("bpb_by_position") or {}
+    log = content.get("log") or content.get("curve") or []
+
+    # a file that was cut short or edited by hand is refused here, entry by entry
+    if not finite(content.get("val_bpb")):
+        given = content.get("val_bpb", "missing")
+        raise ValueError(f"val_bpb is {given!r}, expected a finite number: did the run diverge?")
+    expect("memory", memory, str)
+    expect("seed", content.get("seed"), int)
+    expect("max_seq_len", T, int)
+    expect("config", config, dict)
+    expect("bpb_by_position", by_position, dict)
+    expect("log", log, list)
+
+    settings = read_settings(content)
+    # inside a cell the whole config has to agree, and these: the data, and what was built and trained
     agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step device".split()
-    peer = {"preset": f"d{d.get('depth', '')}", "dataset": PEER, "window": d.get("window_pattern")}
-    whole = ({} if "memory" in d else peer) | config | d
-    return Run(str(path), str(whole.get("preset") or ""), str(whole.get("dataset") or ""), memory,
-               str(config.get("memory_layers", "all")) if memory != "none" else "all",
-               str(whole.get("window") or "SSSL"), T, d["seed"], float(d["val_bpb"]),
-               *(read_curve(position) if position else ({}, [], None)), costs,
-               [e for e in log if isinstance(e, dict) and finite(e.get("val_bpb"))],
-               config | {k: d[k] for k in agree if k in d})
+    measured = {key: content[key] for key in agree if key in content}
+
+    curve, bucket_bytes, recombined = read_curve(by_position) if by_position else ({}, [], None)
+    return Run(
+        path=str(path),
+        preset=str(settings.get("preset") or ""),
+        dataset=str(settings.get("dataset") or ""),
+        memory=settings["memory"],
+        window=settings["window"],
+        follows_pattern=sees_pattern(settings),
+        condition=condition(settings),
+        T=T,
+        seed=content["seed"],
+        bpb=float(content["val_bpb"]),
+        curve=curve,
+        bucket_bytes=bucket_bytes,
+        recombined=recombined,
+        costs=read_costs(content),
+        log=[entry for entry in log if isinstance(entry, dict) and finite(entry.get("val_bpb"))],
+        config=config | measured,
+    )
 
 
 def read_all(folders) -> tuple[list[Run], list[str], list[str]]:
-    """Every *.json below the folders -> runs, skipped (with the reason), other JSON files that are no results."""
-    runs, skipped, others, seen = [], [], [], set()
+    """Every *.json below the folders -> runs, skipped files (with the reason), files that are no results."""
+    runs = []
+    skipped = []
+    others = []
+    seen = set()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folders that hold the result files")
         for path in sorted(folder.rglob("*.json")):
-            if path.resolve() in seen:                                # the same file by two ways is one run
+            # two of the folders may hold the same file: it is one run
+            if path.resolve() in seen:
                 continue
             seen.add(path.resolve())
             try:
                 run = read_run(path)
-                runs.append(run) if run else others.append(str(path))
-            except (ValueError, OSError, RecursionError) as e:        # a JSON or Unicode error is a ValueError
+            # what JSON or Unicode can't decode is a ValueError
+            except (ValueError, OSError, RecursionError) as e:
                 skipped.append(f"{path}: {e}")
+                continue
+            if run is None:
+                others.append(str(path))
+            else:
+                runs.append(run)
+
+    # without any run there is nothing to report, so the first reason is told
     if not runs:
-        first = f"; the first of {len(skipped)} skipped is {skipped[0]}" if skipped else ", expected <run>/result.json"
-        raise UserError(f"no readable result file below {', '.join(map(str, folders))}{first}")
+        hint = ", expected <run>/result.json"
+        if skipped:
+            hint = f"; the first of {len(skipped)} skipped is {skipped[0]}"
+        raise UserError(f"no readable result file below {', '.join(map(str, folders))}{hint}")
     return runs, skipped, others
 
 
@@ -296,361 +428,703 @@ def read_all(folders) -> tuple[list[Run], list[str], list[str]]:
 
 @dataclass
 class Cell:
-    study: tuple              # (preset, dataset)
+    """All runs of one condition at one training length, one for each seed."""
+    study: tuple              # (preset, dataset): only cells of one study are compared
     T: int
-    label: str                # unique within (study, T)
-    runs: dict                # seed -> Run
-    one: Run                  # the first of them: what they share is read here
+    label: str                # the condition, and the settings named by --by; unique within (study, T)
+    one: Run                  # the first run that was read: what all of them share is read here
+    runs: dict = field(default_factory=dict)  # seed -> Run
+
+    @property
+    def base(self) -> str:
+        """The condition without its layers, window and settings: "local", "rmt-0", "ttt"."""
+        return base_name(self.label)
 
     def bpb(self) -> dict:
+        """seed -> bpb"""
         return {seed: run.bpb for seed, run in self.runs.items()}
 
     def mean(self) -> float:
+        """Mean bpb over the seeds."""
         return float(np.mean(list(self.bpb().values())))
 
-    def costs(self, name) -> list:
-        return [r.costs[name] for r in self.runs.values() if name in r.costs]
+    def costs(self, name: str) -> list:
+        """This cost of every run that recorded it."""
+        return [run.costs[name] for run in self.runs.values() if name in run.costs]
+
+
+def all_runs(cells) -> list[Run]:
+    """The runs of all these cells."""
+    return [run for c in cells for run in c.runs.values()]
 
 
 def owner(key: str) -> str | None:
-    """The memory that alone reads this setting, None for a setting that every run reads."""
+    """The memory that alone reads this setting; None for a setting that every run reads."""
     name = OWNER.get(key, key.split("_")[0])
     return name if name in OWNERS else None
 
 
-def relevant(key: str, memory: str) -> bool:
-    """Does this setting change what a run with this memory computes?"""
-    mine = owner(key) is None or memory.startswith(owner(key))
-    return mine and key not in EXECUTION and not key.endswith("_every")
+def relevant(key: str, run: Run) -> bool:
+    """Does this setting change what the run computes?"""
+    if key in EXECUTION or key.endswith("_every"):
+        return False
+    if key == "window":
+        return run.follows_pattern
+    memory = owner(key)
+    return memory is None or run.memory.startswith(memory)
 
 
 def differing(a: Run, b: Run) -> dict:
     """key -> the two values, for every setting that matters to either run and isn't the same in both."""
-    keys = sorted(k for k in a.config | b.config if relevant(k, a.memory) or relevant(k, b.memory))
-    pairs = ((k, (a.config.get(k, "not recorded"), b.config.get(k, "not recorded"))) for k in keys)
-    return {k: pair for k, pair in pairs if pair[0] != pair[1]}
+    different = {}
+    for key in sorted(a.config | b.config):
+        pair = a.config.get(key, "not recorded"), b.config.get(key, "not recorded")
+        if pair[0] != pair[1] and (relevant(key, a) or relevant(key, b)):
+            different[key] = pair
+    return different
 
 
-def kind(cell: Cell) -> str:
-    return re.split("[ @]", cell.label)[0]
+def cell_label(run: Run, by) -> str:
+    """The run's condition, and those settings named by --by that matter to it: "ttt n_layer=4"."""
+    words = [run.condition]
+    for key in by:
+        if key in run.config and relevant(key, run):
+            words.append(f"{key}={run.config[key]}")
+    return " ".join(words)
 
 
-def make_cells(runs, by=()) -> tuple[list[Cell], list[str]]:
-    """Group runs by condition. A seed counts once: of several files the first read is kept (never the better one)."""
-    cells, repeats = {}, []
-    for key in (key for key in by if not any(key in run.config for run in runs)):
-        raise UserError(f"--by={key}: no run has such a setting; give names of settings such as n_layer or lr")
+def check_same(cell: Cell, run: Run) -> None:
+    """A UserError if the run was configured otherwise than the runs of this cell."""
+    different = differing(cell.one, run)
+    if different:
+        values = [f"{key} is {a!r} in the first, {b!r} in the second" for key, (a, b) in different.items()]
+        raise UserError(f"the cell '{cell.label}, T={cell.T}' mixes configurations ({cell.one.path} and {run.path}): "
+                        f"{'; '.join(values)}; separate the files, or make the keys part of it: "
+                        f"--by={','.join(different)}")
+
+
+def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
+    """Runs -> cells, and a line about every run that was left out because its seed was there already.
+
+    Of several files of one seed the first that was read is kept, and never the better one: to choose
+    by the score would bias it.
+    """
+    for key in by:
+        if not any(key in run.config for run in runs):
+            raise UserError(f"--by={key}: no run has such a setting; give names of settings such as n_layer or lr")
+
+    # the first run of a cell stands for what all of its runs have to agree on
+    cells = {}
+    repeats = []
     for run in runs:
-        name = run.memory if run.memory != "none" else "global" if set(run.window) == {"L"} else "local"
-        extra = "".join(f" {k}={run.config[k]}" for k in by if k in run.config and relevant(k, run.memory))
-        label = f"{name}{'' if run.layers == 'all' else '@' + run.layers} ({run.window}){extra}"
-        key = (run.preset, run.dataset), run.T, label
-        cell = cells.setdefault(key, Cell(*key, {}, run))
-        if diff := differing(cell.one, run):
-            what = "; ".join(f"{k} is {a!r} in the first, {b!r} in the second" for k, (a, b) in diff.items())
-            raise UserError(f"the cell '{label}, T={run.T}' mixes configurations ({cell.one.path} and {run.path}): "
-                            f"{what}; separate the files, or make the keys part of it: --by={','.join(diff)}")
-        if kept := cell.runs.get(run.seed):
-            repeats.append(f"seed {run.seed} of {label}, T={run.T}: {kept.path} is kept, {run.path} is left out (these "
-                           f"two runs of one seed differ by {abs(kept.bpb - run.bpb) * 1000:.2f} mBPB)")
-        else:
-            cell.runs[run.seed] = run
-    first = {"local": 0, "global": 1}
-    return sorted(cells.values(), key=lambda c: (c.study, c.T, first.get(kind(c), 2), c.label)), repeats
+        study = (run.preset, run.dataset)
+        label = cell_label(run, by)
+        cell = cells.setdefault((study, run.T, label), Cell(study, run.T, label, one=run))
+        check_same(cell, run)
+        kept = cell.runs.setdefault(run.seed, run)
+        if kept is not run:
+            apart = abs(kept.bpb - run.bpb) * 1000
+            repeats.append(f"seed {run.seed} of {label}, T={run.T}: {kept.path} is kept, {run.path} is left out "
+                           f"(these two runs of one seed differ by {apart:.2f} mBPB)")
+
+    # the two baselines come first, then the memories in the order of their names
+    def place(cell: Cell) -> tuple:
+        rank = {"local": 0, "global": 1}.get(cell.base, 2)
+        return cell.study, cell.T, rank, cell.label
+
+    return sorted(cells.values(), key=place), repeats
 
 
-def baseline(cell: Cell, cells, *names) -> Cell | None:
-    """The first of `names` (local, global, rmt-0) that this study and T have; of several, the one most like `cell`."""
-    fits = [c for c in cells if (c.study, c.T) == (cell.study, cell.T) and kind(c) in names]
-    return min(fits, default=None, key=lambda c: (names.index(kind(c)), c.one.window != cell.one.window,
-                                                  len(differing(c.one, cell.one))))
+def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
+    """The cell to compare with, of the same study and T; its name is the first of `names` that is there.
+
+    If several cells have that name, the one with the same window is taken, and then the one with the
+    fewest other settings that differ.
+    """
+    def distance(other: Cell) -> tuple:
+        other_window = other.one.window != cell.one.window
+        return names.index(other.base), other_window, len(differing(other.one, cell.one))
+
+    candidates = [c for c in cells if (c.study, c.T) == (cell.study, cell.T) and c.base in names]
+    return min(candidates, key=distance, default=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics. Everything is over seeds; positions and tokens of one run are no independent repetitions.
+# Statistics. Seeds are the independent repetitions. Positions and tokens of one run are not.
 
 def t_interval(x) -> tuple[float, float, float]:
-    """Mean and 95% t interval."""
+    """Mean of x and its 95% interval (Student 1908): mean ± t(0.975; n-1) · s/√n, s = standard deviation."""
     x = np.asarray(x, float)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+    mean = float(x.mean())
+    # ddof=1: the sum of squares is divided by n-1, since the mean was estimated from the same values
+    standard_error = x.std(ddof=1) / math.sqrt(len(x))
+    half = float(stats.t.ppf(0.975, len(x) - 1) * standard_error)
+    return mean, mean - half, mean + half
 
 
 def sign_flip(diffs) -> float:
-    """Exact two-sided p: if the memory did nothing, each seed's difference could as well have had the other sign.
+    """Exact two-sided p of a sum of paired differences (Fisher 1935, chapter III).
 
-    All 2^n signs are tried, so p is never below 2/2^n: 0.25 for three seeds, below 0.05 only from six seeds on.
+    If the memory did nothing, each seed's difference could as well have had the other sign. So all
+    2^n choices of signs are equally likely, and p is the share of them whose sum is as far from 0 as
+    the sum that was seen. The signs that were seen and their opposites always count, so that p is
+    never below 2/2^n: 0.25 for three seeds, and below 0.05 only from six seeds on. Beyond 20
+    differences signs are drawn, since 2^20 sums already take 8 MB.
+
+    scipy.stats.permutation_test makes the same test. It is a thousand times slower at n = 20, and
+    takes two sums that differ by rounding alone for different ones.
     """
-    diffs, sums = np.asarray(diffs, float), np.zeros(1)
-    if len(diffs) > 20:                                               # 2^20 sums are 8 MB; beyond, draw signs instead
-        sums = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, len(diffs))) @ diffs
-        sums = np.append(sums, diffs.sum())                           # the observed signs are one of the draws
+    diffs = np.asarray(diffs, float)
+    if len(diffs) <= 20:
+        # each difference is added to, and subtracted from, every sum of those before it
+        sums = np.zeros(1)
+        for diff in diffs:
+            sums = np.concatenate([sums + diff, sums - diff])
     else:
-        for d in diffs:
-            sums = np.concatenate([sums + d, sums - d])
-    return float(np.mean(np.abs(sums) >= abs(diffs.sum()) - 1e-12 * np.abs(diffs).sum()))
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, len(diffs)))
+        # the signs that were seen are one of the draws, so that p is never 0
+        sums = np.append(signs @ diffs, diffs.sum())
+    # two sums that are equal may differ by rounding: they count as equal
+    rounding = 1e-12 * np.abs(diffs).sum()
+    return float(np.mean(np.abs(sums) >= abs(diffs.sum()) - rounding))
 
 
 def holm(ps) -> list[float]:
-    """Holm's adjusted p values, in the order given. NaN = a test that could not be made: not in the family."""
-    order, out, running = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p)), [math.nan] * len(ps), 0.0
-    for rank, (p, i) in enumerate(order):
-        running = out[i] = max(running, min(1.0, (len(order) - rank) * p))
-    return out
+    """Holm's adjusted p values (1979), in the order given. NaN, a test that wasn't made, doesn't count.
+
+    The smallest of m values is multiplied by m, the next by m - 1, and so on. A value that would come
+    out below a smaller one's is raised to it. The chance of any false discovery at all then stays
+    below the level.
+    """
+    # the indexes of the tests that were made, the smallest p first
+    made = [i for i, p in enumerate(ps) if not math.isnan(p)]
+    made.sort(key=lambda i: ps[i])
+
+    adjusted = [math.nan] * len(ps)
+    highest = 0.0
+    for rank, i in enumerate(made):
+        corrected = min(1.0, (len(made) - rank) * ps[i])
+        highest = max(highest, corrected)
+        adjusted[i] = highest
+    return adjusted
 
 
 @dataclass
 class Paired:
+    """The differences a - b of the seeds that both have. Below MIN_SEEDS the statistics are NaN."""
     seeds: list
-    diffs: list               # a - b, seed by seed
-    mean: float = math.nan    # from here on NaN below MIN_SEEDS
-    lo: float = math.nan
+    diffs: list               # seed by seed
+    mean: float = math.nan
+    lo: float = math.nan      # the 95% interval by Student's t
     hi: float = math.nan
-    p_t: float = math.nan
-    p_flip: float = math.nan
+    p_t: float = math.nan     # of the paired t test
+    p_flip: float = math.nan  # of the sign-flip test
 
 
 def paired(a: dict, b: dict) -> Paired:
     """a - b over the seeds that both have. a, b: seed -> value."""
     seeds = sorted(a.keys() & b.keys())
-    diffs = [a[s] - b[s] for s in seeds]
+    diffs = [a[seed] - b[seed] for seed in seeds]
+    result = Paired(seeds, diffs)
     if len(seeds) < MIN_SEEDS:
-        return Paired(seeds, diffs)
-    # equal differences have no spread to divide by: t is not defined, the sign-flip test still is
-    p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue) if np.ptp(diffs) > 1e-15 else math.nan
-    return Paired(seeds, diffs, *t_interval(diffs), p_t, sign_flip(diffs))
+        return result
+
+    result.mean, result.lo, result.hi = t_interval(diffs)
+    result.p_flip = sign_flip(diffs)
+    # equal differences have no spread that t could divide by
+    if np.ptp(diffs) > 1e-15:
+        result.p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue)
+    return result
 
 
 def closure(G, D) -> tuple[float, float, float] | str:
-    """ΣG/ΣD with a 95% interval, or the words that say why there is none. G, D: one sum over positions per seed.
+    """ΣG/ΣD with a 95% interval, or the words that say why there is none.
 
-    A ratio means nothing where its denominator may be 0, so it is `undefined` unless ΣD's own interval lies above 0.
-    Seeds are resampled in pairs (G, D). The percentiles of the resampled ratios would cover at most 75% for n = 3 (they
-    never leave the seeds' range), so their standard error is taken instead: freed of its small-sample bias by
-    sqrt(n/(n-1)), and multiplied by Student's t.
+    G, D (n,): for each seed the sum over positions of the gain and of the deficit.
+
+    A ratio means nothing where its denominator may be 0. So it is "undefined" unless the 95% interval
+    of D lies above 0.
+
+    The bootstrap draws n seeds with replacement, each with its G and its D, and computes the ratio of
+    what was drawn. The spread of many such ratios is the standard error. Their percentiles would be
+    the usual interval, but never leave the range of the seeds' own ratios, and hold the truth in at
+    most 75% of cases for n = 3. So the interval is built like Student's:
+
+        ΣG/ΣD ± t(0.975; n-1) · √(n/(n-1)) · standard error
+
+    The root undoes the bias of a bootstrap of few values, whose variance is (n-1)/n of what it should
+    be (Hesterberg 2015).
     """
-    G, D, n = np.asarray(G, float), np.asarray(D, float), len(D)
+    G = np.asarray(G, float)
+    D = np.asarray(D, float)
+    n = len(D)
     if n < MIN_SEEDS:
         return NOT_ENOUGH
-    if t_interval(D)[1] <= 0:
+    _, lowest_deficit, _ = t_interval(D)
+    if lowest_deficit <= 0:
         return "undefined"
-    draw = np.random.default_rng(0).integers(0, n, (BOOTSTRAP, n))
-    ratio, ratios = float(G.sum() / D.sum()), G[draw].sum(1) / D[draw].sum(1)
-    half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1)) * ratios.std())
+
+    # every row of `draws` is one resample: the indexes of the n seeds that it holds
+    draws = np.random.default_rng(0).integers(0, n, (BOOTSTRAP, n))
+    ratios = G[draws].sum(1) / D[draws].sum(1)
+    standard_error = math.sqrt(n / (n - 1)) * ratios.std()
+    half = float(stats.t.ppf(0.975, n - 1) * standard_error)
+    ratio = float(G.sum() / D.sum())
     return ratio, ratio - half, ratio + half
 
 
 def corr(x, y) -> float:
-    """Pearson's r; NaN where one of them is constant."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
+    """Pearson's correlation r; NaN where one of the two is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def noise_correlations(G, D) -> list[float]:
+    """What r(G, D) is where there is nothing but noise: one r for each choice of signs (at most 512).
+
+    A seed's deviation from the mean over seeds is noise. The deviations are summed with signs, as in
+    `sign_flip`, and the sums of G and of D are correlated. With equal signs the sum is 0, so that
+    choice is left out. The opposite of all signs gives the same r, so the first sign is always +.
+    """
+    noise_G = G - G.mean(0)
+    noise_D = D - D.mean(0)
+    choices = itertools.product([1.0, -1.0], repeat=len(G) - 1)
+
+    correlations = []
+    for choice in itertools.islice(choices, 1, 513):
+        signs = np.array([1.0, *choice])
+        correlations.append(corr(signs @ noise_G, signs @ noise_D))
+    return correlations
+
+
+def split_correlation(G, D) -> float:
+    """r of G, averaged over some seeds, and D, averaged over the others: the mean over at most 512 splits.
+
+    The two share no run, so noise alone gives 0. A true correlation is understated, as each part
+    averages fewer seeds.
+    """
+    n = len(G)
+    correlations = []
+    for size in {n // 2, n - n // 2}:
+        for chosen in itertools.islice(itertools.combinations(range(n), size), 256):
+            gain = G[list(chosen)].mean(0)
+            deficit = np.delete(D, chosen, axis=0).mean(0)
+            correlations.append(corr(gain, deficit))
+    return float(np.mean(correlations))
 
 
 def gain_deficit(local, memory, full) -> tuple[float, list, float]:
-    """Correlation over positions of G = local - memory and D = local - full, with the null it has to beat.
+    """Does a memory gain where the window costs? The correlation over positions of its gain and the deficit.
 
-    All (n, P): seeds × positions. Noise in `local` enters G and D alike, so that r is about 0.5 where nothing is there
-    but noise. Two answers to that:
-      null   r of noise alone: each seed's deviation from its condition's mean, summed with every choice of signs
-      split  G from some seeds and D from the others, averaged over all splits: they share no run, so noise gives 0 (and
-             understates a true correlation, since each part averages fewer seeds)
+    Three curves of bpb by position, (n,P) each: n seeds, P positions.
+
+        G = local - memory        D = local - full
+
+    Both hold `local`, so its noise alone makes r about 0.5 (Pearson 1897). Hence two more answers
+    beside r: `noise_correlations`, which r has to exceed, and `split_correlation`, where G and D have
+    no noise in common.
     """
-    G, D, n = np.subtract(local, memory), np.subtract(local, full), len(local)
-    signs = itertools.islice(itertools.product([1.0, -1.0], repeat=n - 1), 1, 513)  # r doesn't see the overall sign
-    null = [corr(np.array([1.0, *s]) @ (G - G.mean(0)), np.array([1.0, *s]) @ (D - D.mean(0))) for s in signs]
-    halves = [A for size in {n // 2, n - n // 2} for A in itertools.islice(itertools.combinations(range(n), size), 256)]
-    split = [corr(G[list(A)].mean(0), np.delete(D, A, axis=0).mean(0)) for A in halves]
-    return corr(G.mean(0), D.mean(0)), null, float(np.mean(split))
+    G = np.subtract(local, memory)
+    D = np.subtract(local, full)
+    return corr(G.mean(0), D.mean(0)), noise_correlations(G, D), split_correlation(G, D)
 
 
 def pareto(points) -> list[int]:
     """Indexes of the points (cost, bpb) that no other point beats: nowhere worse and somewhere better."""
-    return [i for i, (x, y) in enumerate(points)
-            if not any(u <= x and v <= y and (u < x or v < y) for u, v in points)]
+    def beats(a, b) -> bool:
+        return a[0] <= b[0] and a[1] <= b[1] and tuple(a) != tuple(b)
+
+    best = []
+    for i, point in enumerate(points):
+        if not any(beats(other, point) for other in points):
+            best.append(i)
+    return best
 
 
 def log_curve(run: Run, cost: str) -> tuple[np.ndarray, np.ndarray]:
-    """The logged validation curve: cost so far (`minutes` or `flops`), bpb."""
-    key, unit = ("seconds", 1 / 60) if cost == "minutes" else ("tokens", run.costs.get("flops_per_token", 0))
-    points = sorted((e[key] * unit, e["val_bpb"]) for e in run.log if finite(e.get(key)) and e[key] * unit > 0)
-    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
+    """The evaluations during training, in order: what had been spent (`minutes` or `flops`), and bpb."""
+    key = "tokens"
+    unit = run.costs.get("flops_per_token", 0)
+    if cost == "minutes":
+        key = "seconds"
+        unit = 1 / 60
+
+    points = []
+    for entry in run.log:
+        if finite(entry.get(key)) and entry[key] * unit > 0:
+            points.append((entry[key] * unit, entry["val_bpb"]))
+    points = np.array(sorted(points)).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
 
 
 def at_budget(run: Run, cost: str, budget: float) -> float:
-    """bpb once `budget` was spent, linear in log(cost) between logged points; NaN outside: nothing is extrapolated."""
-    x, y = log_curve(run, cost)
-    inside = len(x) and x[0] * (1 - 1e-9) <= budget <= x[-1] * (1 + 1e-9)
-    return float(np.interp(math.log(budget), np.log(x), y)) if inside else math.nan
+    """bpb once `budget` was spent, linear in log(cost) between two evaluations; NaN outside of them."""
+    spent, bpb = log_curve(run, cost)
+    if len(spent) == 0:
+        return math.nan
+    # the margin is for rounding: the budget is one run's own last cost
+    if budget < spent[0] * (1 - 1e-9) or budget > spent[-1] * (1 + 1e-9):
+        return math.nan
+    return float(np.interp(math.log(budget), np.log(spent), bpb))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def human(x) -> str:
-    """1234567 -> 1.23M."""
-    x = float(f"{x:.3g}")                                             # first, so that 999999 is 1M and not 1e+03k
-    k = min(int(math.log10(abs(x)) // 3), 7) if abs(x) >= 1000 else 0
-    return f"{x / 1000 ** k:.3g}{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][k]}"
+def human(x, _=None) -> str:
+    """1234567 -> "1.23M". The second argument is the tick's number, which matplotlib gives to a formatter."""
+    # rounded first, so that 999999 becomes 1M and not 1e+03k
+    x = float(f"{x:.3g}")
+    thousands = 0
+    while abs(x) >= 1000 and thousands < 7:
+        x /= 1000
+        thousands += 1
+    return f"{x:.3g}{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][thousands]}"
 
 
 def interval(mean, lo, hi, scale=1000.0) -> str:
-    return NOT_ENOUGH if math.isnan(mean) else f"{mean * scale:+.2f} [{lo * scale:+.2f}, {hi * scale:+.2f}]"
+    """"mean [lo, hi]", times the scale: 1000 turns bpb into mBPB."""
+    if math.isnan(mean):
+        return NOT_ENOUGH
+    return f"{mean * scale:+.2f} [{lo * scale:+.2f}, {hi * scale:+.2f}]"
 
 
-def show_p(p, adjusted) -> str:
-    return "–" if math.isnan(p) else f"{p:.3g} ({adjusted:.3g})"
+def show_p(p, adjusted) -> str | None:
+    """A p value, and Holm's correction of it in brackets."""
+    return None if math.isnan(p) else f"{p:.3g} ({adjusted:.3g})"
+
+
+def lengths_of(cells) -> list[int]:
+    """The training lengths T of these cells."""
+    return sorted({c.T for c in cells})
 
 
 def score_table(cells) -> str:
-    """The score beside what it costs. Medians, so that one run on a slower machine doesn't move them; the range of the
-    minutes tells of it."""
+    """The score of each condition beside what it costs.
+
+    Costs are medians, so that one run on a slower machine doesn't move them. The range of the minutes
+    tells of it.
+    """
+    names = ("total_params", "memory_params", "flops_per_token", "state_bytes", "tokens_per_second", "minutes",
+             "peak_mib")
+    head = ["T", "condition", "n", "bpb", "parameters", "more than memory=none", "FLOPs/token", "state bytes",
+            "tokens/s", "minutes", "peak MiB"]
     rows = []
-    names = "total_params memory_params flops_per_token state_bytes tokens_per_second minutes peak_mib".split()
     for c in cells:
-        sd = f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}" if len(c.runs) > 1 else ""
-        costs = [human(np.median(c.costs(k))) if c.costs(k) else "–" for k in names]
-        if (t := c.costs("minutes")) and max(t) > 1.1 * min(t):
-            costs[5] += f" ({min(t):.3g}–{max(t):.3g})"
-        rows.append([c.T, c.label, len(c.runs), f"{c.mean():.5f}{sd}", *costs])
-    return table("T|condition|n|bpb|parameters|more than memory=none|FLOPs/token|state bytes|tokens/s|minutes|peak MiB".split("|"), rows, left=2)
+        # the standard deviation over seeds needs two of them
+        score = f"{c.mean():.5f}"
+        if len(c.runs) > 1:
+            score += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
+
+        costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
+        minutes = c.costs("minutes")
+        if minutes and max(minutes) > 1.1 * min(minutes):
+            costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
+        rows.append([c.T, c.label, len(c.runs), score, *costs.values()])
+    return table(head, rows, left=2)
 
 
-def comparisons(cells) -> list:
-    """(cell, baseline, Paired): every condition against local and against global, rmt also against its own segments."""
-    pairs = [(c, baseline(c, cells, name)) for c in cells if kind(c) != "local" for name in ("local", "global", "rmt-0")
-             if name != "rmt-0" or c.one.memory.startswith("rmt")]
-    return [(c, b, paired(c.bpb(), b.bpb())) for c, b in pairs if b and b is not c]
+class Comparison(NamedTuple):
+    """A cell, the baseline it is compared with, and their paired differences."""
+    cell: Cell
+    against: Cell
+    pairs: Paired
+
+
+def comparisons(cells) -> list[Comparison]:
+    """Every condition against local and against global; rmt also against its segments without memory tokens."""
+    found = []
+    for c in cells:
+        if c.base == "local":
+            continue
+        # rmt cuts the text into segments, which costs something: rmt-0 shows what its memory alone is worth
+        names = ["local", "global"]
+        if c.one.memory.startswith("rmt"):
+            names.append("rmt-0")
+        for name in names:
+            against = baseline(c, cells, name)
+            if against is not None and against is not c:
+                found.append(Comparison(c, against, paired(c.bpb(), against.bpb())))
+    return found
+
+
+def other_differences(comparison: Comparison) -> list[str]:
+    """The settings that differ besides memory and window, and besides what follows from these two."""
+    own = {"memory", "memory_layers", "window", "total_params", "memory_params", "flops_per_step"}
+    different = differing(comparison.cell.one, comparison.against.one)
+    return [key for key in different if key not in own and not owner(key)]
 
 
 def mechanism_table(cells) -> str:
-    """One family of tests."""
+    """Every paired difference with its two tests. All tests of one kind are one family for Holm's correction."""
     family = comparisons(cells)
-    adjusted = zip(holm([p.p_t for *_, p in family]), holm([p.p_flip for *_, p in family]))
-    rows = [[c.T, c.label, b.label, len(p.seeds), interval(p.mean, p.lo, p.hi), show_p(p.p_t, t), show_p(p.p_flip, f)]
-            for (c, b, p), (t, f) in zip(family, adjusted)]
-    own = {"memory", "memory_layers", "window", "total_params", "memory_params", "flops_per_step"}
-    notes = [f"- {c.label} and {b.label}: {', '.join(extra)}\n" for c, b, _ in family
-             if (extra := [k for k in differing(c.one, b.one) if k not in own and not owner(k)])]
-    return (table("T|condition|against|n|Δ mBPB [95% CI]|t test p (Holm)|sign-flip p (Holm)".split("|"), rows, left=3)
-            + ("\nNot only memory and window differ here:\n\n" if notes else "") + "".join(dict.fromkeys(notes)))
+    adjusted_t = holm([c.pairs.p_t for c in family])
+    adjusted_flip = holm([c.pairs.p_flip for c in family])
+
+    rows = []
+    notes = {}
+    for i, comparison in enumerate(family):
+        cell, against, p = comparison
+        rows.append([cell.T, cell.label, against.label, len(p.seeds), interval(p.mean, p.lo, p.hi),
+                     show_p(p.p_t, adjusted_t[i]), show_p(p.p_flip, adjusted_flip[i])])
+        different = other_differences(comparison)
+        if different:
+            # a dict, since lines of several T may be the same
+            notes[f"- {cell.label} and {against.label}: {', '.join(different)}\n"] = True
+
+    head = ["T", "condition", "against", "n", "Δ mBPB [95% CI]", "t test p (Holm)", "sign-flip p (Holm)"]
+    text = table(head, rows, left=3)
+    if notes:
+        text += "\nNot only memory and window differ here:\n\n" + "".join(notes)
+    return text
 
 
-def position_curves(cells):
-    """(memory cell, positions, local, memory, global) wherever all three are there; curves (n, P), seed by seed.
+class PositionCurves(NamedTuple):
+    """bpb by position of a memory and its two baselines, (n,P) each: n seeds, P buckets of positions."""
+    cell: Cell
+    positions: list
+    local: np.ndarray
+    memory: np.ndarray
+    full: np.ndarray
 
-    Curves compare only when they were measured on the same tokens: same positions, same bytes in each.
+
+def grid(run: Run) -> tuple[list, list]:
+    """What the run's curve was measured on: the positions, and the bytes in each of their buckets."""
+    return list(run.curve), run.bucket_bytes
+
+
+def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
+    """The curves of these seeds as one array (n,P)."""
+    return np.array([list(cell.runs[seed].curve.values()) for seed in seeds])
+
+
+def position_curves(cells) -> Iterator[PositionCurves]:
+    """The curves of every memory that has a local and a global baseline, for the seeds that all three have.
+
+    Curves compare only if they were measured on the same tokens: a seed with another `grid` is left out.
     """
     for c in cells:
-        three = baseline(c, cells, "local"), c, baseline(c, cells, "global")
-        if c.one.memory == "none" or None in three:
+        local = baseline(c, cells, "local")
+        full = baseline(c, cells, "global")
+        if c.one.memory == "none" or local is None or full is None:
             continue
-        shared = [[x.runs[s] for x in three] for s in sorted(set.intersection(*(set(x.runs) for x in three)))]
-        grid = next(((list(r.curve), r.tokens) for r, *_ in shared if r.curve), None)
-        same = [row for row in shared if grid and all((list(r.curve), r.tokens) == grid for r in row)]
-        if same:
-            yield c, grid[0], *(np.array([list(row[k].curve.values()) for row in same]) for k in range(3))
+        shared = sorted(local.runs.keys() & c.runs.keys() & full.runs.keys())
+        grids = [grid(local.runs[seed]) for seed in shared if local.runs[seed].curve]
+        if not grids:
+            continue
+
+        seeds = []
+        for seed in shared:
+            if grids[0] == grid(local.runs[seed]) == grid(c.runs[seed]) == grid(full.runs[seed]):
+                seeds.append(seed)
+        if seeds:
+            curves = [stacked_curves(cell, seeds) for cell in (local, c, full)]
+            yield PositionCurves(c, grids[0][0], *curves)
 
 
 def recombination(cells) -> str:
-    runs = [r for c in cells for r in c.runs.values() if r.curve]
-    worst = max(runs, key=lambda r: abs(r.recombined - r.bpb), default=None)
-    if worst is None or abs(worst.recombined - worst.bpb) <= 1e-6 * worst.bpb:
+    """A sentence: is bpb of all position buckets together the bpb of the run, as it has to be?"""
+    def error(run: Run) -> float:
+        return abs(run.recombined - run.bpb)
+
+    runs = [run for run in all_runs(cells) if run.curve]
+    worst = max(runs, key=error, default=None)
+    if worst is None or error(worst) <= 1e-6 * worst.bpb:
         return f"The position buckets of all {len(runs)} curves recombine to val_bpb.\n"
-    blind = "" if worst.tokens else (" The files don't record a bucket's bytes either, so that curves measured on "
-                                     "different tokens can't be told apart.")
-    return (f"**The position buckets do not recombine to val_bpb**: {worst.path} gives {worst.recombined:.5f}, val_bpb "
-            f"is {worst.bpb:.5f}. D and G then measure another quantity, or other tokens, than val_bpb.{blind}\n")
+
+    text = (f"**The position buckets do not recombine to val_bpb**: {worst.path} gives {worst.recombined:.5f}, val_bpb "
+            f"is {worst.bpb:.5f}. D and G then measure another quantity, or other tokens, than val_bpb.")
+    if not worst.bucket_bytes:
+        text += (" The files don't record a bucket's bytes either, so that curves measured on different tokens can't "
+                 "be told apart.")
+    return text + "\n"
 
 
 def position_table(cells) -> str:
+    """Deficit, gain, closure, and the correlation of gain and deficit, for every memory."""
     rows = []
     for c, positions, local, memory, full in position_curves(cells):
-        n, D, G = len(local), (local - full).sum(1), (local - memory).sum(1)
+        n = len(local)
         if n < MIN_SEEDS:
-            rows.append([c.T, c.label, n, NOT_ENOUGH, *["–"] * 5])
+            rows.append([c.T, c.label, n, NOT_ENOUGH, None, None, None, None, None])
             continue
-        share, (r, null, split) = closure(G, D), gain_deficit(local, memory, full)
-        per = 1000 / len(positions)
-        rows.append([c.T, c.label, n, interval(*t_interval(D), per), interval(*t_interval(G), per),
-                     share if isinstance(share, str) else interval(*share, 1), f"{r:.2f}",
-                     f"{np.mean(null):.2f}, highest of {len(null)}: {max(null):.2f}", f"{split:.2f}"])
-    text = table("T|memory|n|mean D mBPB [95% CI]|mean G mBPB [95% CI]|closure ΣG/ΣD [95% CI]|r(G, D)|r of noise alone|r, split seeds".split("|"), rows, left=2)
-    return text + ("\n" + recombination(cells) if rows else "")
+
+        # sums over positions, one for each seed; shown as means over positions, in mBPB
+        D = (local - full).sum(1)
+        G = (local - memory).sum(1)
+        scale = 1000 / len(positions)
+
+        share = closure(G, D)
+        r, noise, split = gain_deficit(local, memory, full)
+        rows.append([
+            c.T, c.label, n,
+            interval(*t_interval(D), scale),
+            interval(*t_interval(G), scale),
+            share if isinstance(share, str) else interval(*share, scale=1),
+            f"{r:.2f}",
+            f"{np.mean(noise):.2f}, highest of {len(noise)}: {max(noise):.2f}",
+            f"{split:.2f}",
+        ])
+
+    head = ["T", "memory", "n", "mean D mBPB [95% CI]", "mean G mBPB [95% CI]", "closure ΣG/ΣD [95% CI]", "r(G, D)",
+            "r of noise alone", "r, split seeds"]
+    text = table(head, rows, left=2)
+    if rows:
+        text += "\n" + recombination(cells)
+    return text
 
 
-def frontiers(cells):
-    """(T, name of the cost, [(cost, bpb, cell)], indexes on the frontier) wherever two conditions recorded the cost."""
-    for T, cost in itertools.product(sorted({c.T for c in cells}), COSTS):
-        points = sorted(((float(np.median(c.costs(cost))), c.mean(), c) for c in cells if c.T == T and c.costs(cost)),
-                        key=lambda p: p[:2])
-        if len(points) > 1:
-            yield T, cost, points, pareto([p[:2] for p in points])
+class Frontier(NamedTuple):
+    """What conditions of one length cost and reach, and which of them are on the Pareto frontier."""
+    T: int
+    cost: str                 # a key of COSTS
+    points: list              # (median cost, mean bpb) of each cell, in the order of the cost
+    cells: list
+    best: list                # indexes of those that no other beats
+
+
+def frontiers(cells) -> Iterator[Frontier]:
+    """The Pareto frontier of every length and cost, wherever at least two conditions recorded the cost."""
+    def point(c: Cell, cost: str) -> tuple[float, float]:
+        return float(np.median(c.costs(cost))), c.mean()
+
+    # conditions of different lengths don't compare, so each length has a frontier of its own
+    for T, cost in itertools.product(lengths_of(cells), COSTS):
+        here = [c for c in cells if c.T == T and c.costs(cost)]
+        here.sort(key=lambda c: point(c, cost))
+        if len(here) > 1:
+            points = [point(c, cost) for c in here]
+            yield Frontier(T, cost, points, here, pareto(points))
 
 
 def frontier_table(cells) -> str:
-    rows = [[T, COSTS[cost], ", ".join(points[i][2].label for i in best), len(points)]
-            for T, cost, points, best in frontiers(cells)]
-    return table("T|cost|not beaten by any other|compared".split("|"), rows, left=3)
+    """For each cost the conditions on the frontier."""
+    rows = []
+    for f in frontiers(cells):
+        names = ", ".join(f.cells[i].label for i in f.best)
+        rows.append([f.T, COSTS[f.cost], names, len(f.cells)])
+    return table(["T", "cost", "not beaten by any other", "compared"], rows, left=3)
+
+
+def matched_rows(cells, cost: str) -> list[list]:
+    """The rows of `matched_table` for one cost and cells of one length."""
+    logged = []
+    last_costs = []
+    for c in cells:
+        spent = [log_curve(run, cost)[0] for run in c.runs.values()]
+        if all(len(costs) > 0 for costs in spent):
+            logged.append(c)
+            last_costs += [costs[-1] for costs in spent]
+    if len(logged) < 2:
+        return []
+    # what every run has reached is the smallest of the last costs
+    budget = min(last_costs)
+
+    # label -> {seed: bpb at the budget}
+    there = {}
+    for c in logged:
+        values = {seed: at_budget(run, cost, budget) for seed, run in c.runs.items()}
+        there[c.label] = {seed: bpb for seed, bpb in values.items() if not math.isnan(bpb)}
+
+    # differences from local, or from global where local has no log
+    unit = "FLOPs" if cost == "flops" else cost
+    rows = []
+    for c in logged:
+        values = there[c.label]
+        score = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
+        row = [c.T, f"{human(budget)} {unit}", c.label, len(values), score, None, None]
+        against = baseline(c, logged, "local", "global")
+        if against is not None and against is not c:
+            p = paired(values, there[against.label])
+            row[-2:] = [against.label, interval(p.mean, p.lo, p.hi)]
+        rows.append(row)
+    return rows
 
 
 def matched_table(cells) -> str:
-    """bpb at the largest budget that every run of a context length has reached, and the paired difference there."""
+    """bpb at the largest budget that every run of a length has reached, and the paired difference there."""
     rows = []
-    for T, cost in itertools.product(sorted({c.T for c in cells}), ("flops", "minutes")):
-        logged = [c for c in cells if c.T == T and all(len(log_curve(r, cost)[0]) for r in c.runs.values())]
-        if len(logged) < 2:
-            continue
-        budget = min(log_curve(r, cost)[0][-1] for c in logged for r in c.runs.values())
-        at = {c.label: {s: at_budget(r, cost, budget) for s, r in c.runs.items()} for c in logged}
-        at = {label: {s: v for s, v in of.items() if not math.isnan(v)} for label, of in at.items()}
-        for c in logged:
-            there, b = at[c.label], baseline(c, logged, "local", "global")
-            p = paired(there, at[b.label]) if b and b is not c else None
-            rows.append([T, f"{human(budget)} {'FLOPs' if cost == 'flops' else cost}", c.label, len(there),
-                         f"{np.mean(list(there.values())):.5f}" if there else "first evaluated later",
-                         *([b.label, interval(p.mean, p.lo, p.hi)] if p else "––")])
-    return table("T|budget|condition|n|bpb there|against|Δ mBPB [95% CI]".split("|"), rows, left=3)
+    for T, cost in itertools.product(lengths_of(cells), ("flops", "minutes")):
+        rows += matched_rows([c for c in cells if c.T == T], cost)
+    return table(["T", "budget", "condition", "n", "bpb there", "against", "Δ mBPB [95% CI]"], rows, left=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Figures. Seeds are small points, means are lines or large markers; colour and marker both tell the condition.
+# Figures. Seeds are small points, means are lines or large markers.
 
-def cut(values) -> float:
-    """How far an axis reaches, so that one outlier doesn't flatten the rest; what lies beyond is told by an arrow."""
+def reach(values) -> float:
+    """How far an axis goes so that one outlier doesn't flatten the rest: 5 times the median of |values|."""
     values = np.abs(np.asarray(values, float))
-    return float(min(values.max(), 5 * np.median(values) or values.max()))
+    largest = float(values.max())
+    typical = float(np.median(values))
+    return min(largest, 5 * typical) if typical > 0 else largest
+
+
+def draw_difference(ax, y: float, c: Comparison, far: float, ends: tuple) -> None:
+    """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`."""
+    style = look(c.cell.label)
+    mean = 1000 * float(np.mean(c.pairs.diffs))
+    if abs(mean) > far:
+        left, right = ends
+        if mean > 0:
+            ax.text(right, y, f"{mean:+.1f} →", color=style["color"], weight="bold", ha="right", va="center")
+        else:
+            ax.text(left, y, f"{mean:+.1f} ←", color=style["color"], weight="bold", ha="left", va="center")
+        return
+
+    # in mBPB: the seeds, then the interval as a bar and the mean as a tick on it
+    diffs = 1000 * np.array(c.pairs.diffs)
+    ax.plot(diffs, [y + 0.22] * len(diffs), **style, linestyle="none", ms=6, alpha=0.8, mew=0)
+    if not math.isnan(c.pairs.mean):
+        ax.plot([1000 * c.pairs.lo, 1000 * c.pairs.hi], [y - 0.08] * 2, color=style["color"], lw=2)
+        ax.plot(mean, y - 0.08, "|", color=style["color"], ms=13, mew=3)
 
 
 def figure_differences(cells):
-    """Difference from local, paired by seed: seeds, mean, 95% CI; one panel per context length."""
-    rows = [(c, b, p) for c, b, p in comparisons(cells)
-            if p.seeds and (b is baseline(c, cells, "local", "global") or kind(b) == "rmt-0")]
-    if not rows:
+    """Differences from local (or global), paired by seed, with a panel for each length."""
+    # one baseline for each condition, so that the rows compare; rmt against rmt-0 besides
+    shown = []
+    for c in comparisons(cells):
+        usual = c.against is baseline(c.cell, cells, "local", "global")
+        if c.pairs.seeds and (usual or c.against.base == "rmt-0"):
+            shown.append(c)
+    if not shown:
         return None
-    lengths = sorted({c.T for c, *_ in rows})
-    heights = [0.9 + 0.42 * sum(c.T == T for c, *_ in rows) for T in lengths]
-    fig, axes = panels(len(lengths), 1, (8, 0.5 + sum(heights)), sharex=True, height_ratios=heights)
-    far = 1000 * cut([np.mean(p.diffs) for *_, p in rows])
-    ends = [0.0, *(1000 * x for *_, p in rows if abs(np.mean(p.diffs)) * 1000 <= far for x in (*p.diffs, p.lo, p.hi))]
-    left, right = np.nanmin(ends), np.nanmax(ends)
-    for ax, T in zip(axes[:, 0], lengths):
-        here = [r for r in rows if r[0].T == T]
-        for y, (c, b, p) in enumerate(here):
-            (colour, marker), mean = look(c.label).values(), 1000 * float(np.mean(p.diffs))
-            if abs(mean) > far:
-                x, arrow, ha = (right, "→", "right") if mean > 0 else (left, "←", "left")
-                ax.text(x, y, f"{mean:+.1f} {arrow}", color=colour, weight="bold", ha=ha, va="center")
-                continue
-            ax.plot(1000 * np.array(p.diffs), [y + 0.22] * len(p.diffs), marker, color=colour, ms=6, alpha=0.8, mew=0)
-            if not math.isnan(p.mean):
-                ax.plot([1000 * p.lo, 1000 * p.hi], [y - 0.08] * 2, color=colour, lw=2)
-                ax.plot(mean, y - 0.08, "|", color=colour, ms=13, mew=3)
+
+    # all panels share the axis: it holds everything of the rows whose mean is not an outlier
+    far = 1000 * reach([np.mean(c.pairs.diffs) for c in shown])
+    ends = [0.0]
+    for c in shown:
+        if abs(np.mean(c.pairs.diffs)) * 1000 <= far:
+            ends += [1000 * x for x in (*c.pairs.diffs, c.pairs.lo, c.pairs.hi)]
+    ends = float(np.nanmin(ends)), float(np.nanmax(ends))
+
+    rows_of = Counter(c.cell.T for c in shown)
+    heights = [0.9 + 0.42 * rows_of[T] for T in sorted(rows_of)]
+    figure, axes = panels(len(heights), 1, (8, 0.5 + sum(heights)), sharex=True, height_ratios=heights)
+    for ax, T in zip(axes[:, 0], sorted(rows_of)):
+        here = [c for c in shown if c.cell.T == T]
+        usual = here[0].against.label
+        names = []
+        for y, c in enumerate(here):
+            draw_difference(ax, y, c, far, ends)
+            name = f"{c.cell.label}, n={len(c.pairs.seeds)}"
+            if c.against.label != usual:
+                name += f"\nagainst {c.against.label}"
+            names.append(name)
         ax.axvline(0, color="black", lw=1)
-        usual = f"against {here[0][1].label}"
-        names = [f"{c.label}, n={len(p.seeds)}\nagainst {b.label}".removesuffix(f"\n{usual}") for c, b, p in here]
-        ax.set(yticks=range(len(here)), yticklabels=names, ylim=(len(here) - 0.4, -0.6), title=f"T = {T}, {usual}")
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+        ax.set(title=f"T = {T}, against {usual}")
         ax.margins(x=0.03)
     axes[-1, 0].set_xlabel("bpb difference, paired by seed (mBPB; left is better)")
-    return fig
+    return figure
+
+
+def draw_curve(ax, x, curves, label: str, color: str, linestyle: str) -> None:
+    """The seeds' curves (n,P) as points, and their mean as a line."""
+    ax.plot(np.tile(x, len(curves)), curves.ravel(), ".", color=color, ms=4, alpha=0.4, mew=0)
+    ax.plot(x, curves.mean(0), color=color, linestyle=linestyle, lw=1.6, label=label)
 
 
 def figure_position(cells):
@@ -658,136 +1132,242 @@ def figure_position(cells):
     found = list(position_curves(cells))
     if not found:
         return None
-    cols, rows = min(3, len(found)), -(-len(found) // 3)
-    fig, axes = panels(rows, cols, (max(5, 3.3 * cols), 2.6 * rows + 0.3))
+    cols = min(3, len(found))
+    rows = math.ceil(len(found) / 3)
+    figure, axes = panels(rows, cols, (max(5, 3.3 * cols), 2.6 * rows + 0.3))
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
+
     for ax, (c, positions, local, memory, full) in zip(axes.flat, found):
+        deficit = 1000 * (local - full)
+        gain = 1000 * (local - memory)
+        # a bucket is drawn at its middle; the last one ends at T
         middles = np.add(positions, np.diff(positions, append=c.T) / 2)
-        for curve, name, colour, style in ((local - full, "D", "black", "--"), (local - memory, "G", look(c.label)["color"], "-")):
-            ax.plot(np.tile(middles, len(curve)), 1000 * curve.ravel(), ".", color=colour, ms=4, alpha=0.4, mew=0)
-            ax.plot(middles, 1000 * curve.mean(0), style, color=colour, lw=1.6, label=name)
+        draw_curve(ax, middles, deficit, label="D", color="black", linestyle="--")
+        draw_curve(ax, middles, gain, label="G", color=look(c.label)["color"], linestyle="-")
         ax.axhline(0, color="black", lw=0.6)
-        lo, hi = np.quantile(1000 * np.array([local - full, local - memory]), [0.003, 0.997])
-        lo, hi = min(lo, 0), max(hi, 0)
-        ax.set(title=f"{c.label}\nT = {c.T}, n = {len(local)}", ylim=(lo - 0.05 * (hi - lo), hi + 0.2 * (hi - lo)))
+
+        # the axis leaves out the most extreme 0.6% of the points; above there is room for the legend
+        lo, hi = np.quantile([deficit, gain], [0.003, 0.997])
+        lo = min(lo, 0)
+        hi = max(hi, 0)
+        ax.set(ylim=(lo - 0.05 * (hi - lo), hi + 0.2 * (hi - lo)))
+        ax.set(title=f"{c.label}\nT = {c.T}, n = {len(local)}")
         ax.locator_params(nbins=5)
+
     axes[0, 0].legend(fontsize=9, loc="upper center", ncols=2, frameon=False)
-    fig.supxlabel("position in the row (tokens)")
-    fig.supylabel("dashed D = local − global\nsolid G = local − memory (mBPB)", fontsize=10, ma="center")
-    return fig
+    figure.supxlabel("position in the row (tokens)")
+    figure.supylabel("dashed D = local − global\nsolid G = local − memory (mBPB)", fontsize=10, ma="center")
+    return figure
+
+
+def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
+    """One panel of figure_pareto; returns label -> what the legend shows for it."""
+    # a condition far above the best one is named in the title, and the axis stops below it
+    scores = [bpb for _, bpb in f.points]
+    low = min(scores)
+    above = [bpb - low for bpb in scores if bpb > low]
+    far = low + (reach(above) if above else 0.0)
+    seen = []
+    title = [f"T = {f.T}"]
+    handles = {}
+    for c, (x, y) in zip(f.cells, f.points):
+        seeds = list(c.bpb().values())
+        if y <= far:
+            seen += seeds
+        else:
+            title.append(f"↑ {c.label} {y:.3f}")
+        style = look(c.label)
+        fill = "white" if c.label in hollow else style["color"]
+        handles[c.label], = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+        ax.plot([x] * len(seeds), seeds, **style, linestyle="none", ms=4, alpha=0.5, mew=0)
+
+    # the frontier goes down in steps: what a budget between two points buys is the cheaper point
+    best = np.array([f.points[i] for i in f.best])
+    ax.step(best[:, 0], best[:, 1], where="post", color="black", lw=1, zorder=0)
+
+    # a cost that spans more than a factor of 10 has a logarithmic axis
+    cheapest = f.points[0][0]
+    dearest = f.points[-1][0]
+    if cheapest > 0 and dearest > 10 * cheapest:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(human)
+
+    # the way there is drawn last and doesn't move the axis, since it begins far above and far left
+    window = ax.get_xlim()
+    if f.cost != "state_bytes":
+        for run in all_runs(f.cells):
+            spent, bpb = log_curve(run, f.cost)
+            ax.plot(spent, bpb, color="gray", lw=0.6, alpha=0.5, zorder=0)
+    pad = 0.08 * (max(seen) - min(seen)) or 1e-3
+    ax.set(xlim=window, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[f.cost])
+    ax.set_title("\n".join(title), fontsize=10)
+    return handles
 
 
 def figure_pareto(cells):
-    """bpb against what it costs; black: the frontier of the means; thin: the logged curve on the way there."""
+    """bpb against what it costs. Black: the frontier of the means; grey: the evaluations on the way there."""
     found = list(frontiers(cells))
     if not found:
         return None
-    lengths, costs = sorted({f[0] for f in found}), [k for k in COSTS if any(f[1] == k for f in found)]
-    fig, axes = panels(len(lengths), len(costs), (max(6, 3.3 * len(costs)), 2.8 * len(lengths) + 0.8))
-    handles, solid = {}, {}
+
+    # the first condition of a colour and marker is drawn solid, further variants of it are hollow
+    solid = {}
     for c in cells:
-        solid.setdefault(tuple(look(c.label).values()), c.label)                         # a second variant of one memory is hollow
-    for T, cost, points, best in found:
-        ax, low = axes[lengths.index(T), costs.index(cost)], min(y for _, y, _ in points)
-        far = low + cut([y - low for _, y, _ in points if y > low] or [0.0])
-        seen = [v for _, y, c in points if y <= far for v in c.bpb().values()]
-        beyond = [f"{c.label} {y:.3f}" for _, y, c in points if y > far]
-        for x, y, c in points:
-            colour, marker = look(c.label).values()
-            fill = colour if solid[colour, marker] == c.label else "white"
-            handles[c.label], = ax.plot(x, y, marker, color=colour, mfc=fill, ms=9, alpha=0.9)
-            ax.plot([x] * len(c.runs), list(c.bpb().values()), marker, color=colour, ms=4, alpha=0.5, mew=0)
-        ax.step(*zip(*(points[i][:2] for i in best)), where="post", color="black", lw=1, zorder=0)
-        if points[0][0] > 0 and points[-1][0] > 10 * points[0][0]:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: human(x))
-        window, pad = ax.get_xlim(), 0.08 * (max(seen) - min(seen)) or 1e-3
-        for run in (r for *_, c in points for r in c.runs.values() if cost != "state_bytes"):
-            ax.plot(*log_curve(run, cost), color="gray", lw=0.6, alpha=0.5, zorder=0)
-        ax.set(xlim=window, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[cost])
-        ax.set_title("\n↑ ".join([f"T = {T}", *beyond]), fontsize=10)
-    fig.supylabel("validation bpb (bits per byte)")
-    labels = [label for label in dict.fromkeys(c.label for c in cells) if label in handles]
-    fig.legend([handles[x] for x in labels], labels, loc="outside lower center", ncols=3, fontsize=9)
-    return fig
+        solid.setdefault(tuple(look(c.label).values()), c.label)
+    hollow = {c.label for c in cells} - set(solid.values())
+
+    lengths = sorted({f.T for f in found})
+    recorded = {f.cost for f in found}
+    costs = [cost for cost in COSTS if cost in recorded]
+    figure, axes = panels(len(lengths), len(costs), (max(6, 3.3 * len(costs)), 2.8 * len(lengths) + 0.8))
+    handles = {}
+    for f in found:
+        ax = axes[lengths.index(f.T), costs.index(f.cost)]
+        handles |= draw_frontier(ax, f, hollow)
+
+    figure.supylabel("validation bpb (bits per byte)")
+    shown = {c.label: handles[c.label] for c in cells if c.label in handles}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The report: for each section its title, what to know before reading it, its table, its figure
+# The report
 
+class Section(NamedTuple):
+    """A section of REPORT.md. It is left out if its table is empty."""
+    title: str
+    lead: str                 # what to know before reading the table
+    table: Callable           # cells -> text
+    figure: Callable | None   # cells -> matplotlib's figure, or None
+    file: str                 # the figure's file, without .png
+
+
+SCORES = """
+bpb: bits per byte of validation text, less is better. Shown is the mean ± the standard deviation over
+n seeds; means over different seeds don't compare. Costs are medians over seeds. FLOPs are those of
+training. The state is what is kept of one sequence of T tokens. tokens/s is the speed of a median
+training step. The minutes are those of the whole training, with their range where it is wide. The
+peak memory is the GPU's, or that of the process if there was no GPU.
+"""
+DIFFERENCES = f"""
+Runs of one seed have read the same batches. So a difference is taken seed by seed, condition minus
+baseline, over the n seeds that both have. It is in mBPB (0.001 bits per byte); a negative one is better
+than the baseline. Below {MIN_SEEDS} seeds there is no interval and no test. In brackets stands Holm's
+correction, over all tests of this table, for each kind of test. With n pairs the exact sign-flip p
+can't be below 2/2^n, so with fewer than 6 it can't be below 0.05.
+"""
+POSITION = """
+Does a memory help where the window hurts? In each bucket of positions, D = local − global is what the
+window costs (if negative, it helps), and G = local − memory is what the memory gains (if negative, it
+loses). Up to the window's length local and global see the same text, so a D there comes from
+training, not from what is seen. Closure is the share ΣG/ΣD that the memory wins back. It is undefined
+where D's own interval isn't above 0, since there is nothing to win back. r correlates G and D over
+positions. They share the local runs, so noise alone correlates them: r means something only if it is
+above all values of the noise *and* above 0 with split seeds.
+"""
+FRONTIER = """
+These are the conditions that no other beats, by being nowhere worse and somewhere better. Means are
+compared here: a difference that lies within its interval above is no difference. In the figure large
+markers are means, small ones are seeds, the black steps are the frontier, and grey lines are the
+evaluations on the way there.
+"""
+MATCHED = """
+This is bpb at the largest budget that every run has reached. Between two evaluations it is taken as
+linear in the logarithm of the cost. A run whose learning rate had not yet come down stands worse here
+than a run that was planned for this budget would.
+"""
 SECTIONS = (
-    ("Scores and costs", score_table, None, """
-bpb: bits per byte of validation text, less is better; mean ± standard deviation over n seeds (means over different
-seeds don't compare). Costs are medians over seeds: FLOPs of training; state: what is kept of one sequence of T tokens;
-tokens/s in a median training step; minutes of the whole training, with their range where it is wide; peak memory of the
-GPU, else of the process."""),
-    ("Differences, paired by seed", mechanism_table, figure_differences, f"""
-Runs of one seed have read the same batches, so a difference is taken seed by seed: condition minus baseline, over the n
-seeds both have. mBPB: 0.001 bits per byte; negative is better than the baseline. Below {MIN_SEEDS} seeds there is no
-interval and no test. In brackets: Holm's correction, over all tests of this table, for each kind of test. With n pairs
-the exact sign-flip p can't be below 2/2^n, so with fewer than 6 it can't be below 0.05."""),
-    ("Position", position_table, figure_position, """
-Does a memory help where the window hurts? In each bucket of positions, D = local − global is what the window costs
-(negative: it helps) and G = local − memory what the memory gains (negative: it loses). Up to the window's length local
-and global see the same text, so a D there comes from training, not from what is seen. Closure is the share ΣG/ΣD that
-the memory wins back, undefined where D's own interval isn't above 0: there is nothing to win back. r correlates G and D
-over positions. They share the local runs, so noise alone correlates: r means something only above all of the null *and*
-above 0 with split seeds."""),
-    ("Pareto frontier", frontier_table, figure_pareto, """
-The conditions that no other beats by being nowhere worse and somewhere better. Of the means: a difference within its
-interval above is no difference. In the figure large markers are means, small ones seeds, the black steps the frontier,
-grey the logged evaluations on the way there."""),
-    ("Matched compute", matched_table, None, """
-bpb at the largest budget that every run has reached; between two logged evaluations it is taken as linear in the
-logarithm of the cost. A run whose learning rate had not yet come down stands worse here than a run planned for that
-budget would."""))
-PEER_NOTE = """These files follow memory-bench's schema. Its persistent runs attend globally whatever window they name:
-compare them with global. Its memories' matrices were trained by another optimizer (AdamW) than its baseline's (Muon).
+    Section("Scores and costs", SCORES, score_table, None, ""),
+    Section("Differences, paired by seed", DIFFERENCES, mechanism_table, figure_differences, "differences"),
+    Section("Position", POSITION, position_table, figure_position, "position"),
+    Section("Pareto frontier", FRONTIER, frontier_table, figure_pareto, "pareto"),
+    Section("Matched compute", MATCHED, matched_table, None, ""),
+)
+PEER_NOTE = """These files follow memory-bench's schema. Its persistent runs attend globally, whatever window they name:
+compare them with global. The matrices of its memories were trained by another optimizer (AdamW) than
+those of its baseline (Muon).
 """
 SETUP = "depth n_layer n_embd n_head short_window tokenizer steps batch_size train_tokens optimizer lr device".split()
 
 
+def setup_text(cells) -> str:
+    """How these cells were trained: every setting of SETUP, with all the values it has in them."""
+    parts = []
+    for key in SETUP:
+        # a dict, since it keeps the order in which the values come
+        values = dict.fromkeys(str(run.config[key]) for run in all_runs(cells) if key in run.config)
+        if values:
+            parts.append(f"{key} {' / '.join(values)}")
+    return ", ".join(parts) or "unrecorded settings"
+
+
 def introduction(cells) -> str:
     """What was trained, and what the names of the conditions mean."""
-    found = {k: dict.fromkeys(str(r.config[k]) for c in cells for r in c.runs.values() if k in r.config) for k in SETUP}
-    text = ", ".join(f"{k} {' / '.join(values)}" for k, values in found.items() if values)
-    names = dict.fromkeys(kind(c) if kind(c) in CONDITIONS else kind(c).split("-")[0] for c in cells)
-    lines = "".join(f"- {name}: {CONDITIONS[name]}\n" for name in names if name in CONDITIONS)
-    return (f"T is the training length in tokens. Trained with {text or 'unrecorded settings'}.\n\nIn brackets: which "
-            "attention layers see a short window (S) and which all of the past (L); the last layer is always an L. A "
-            "memory in place of attention has no such layers.\n\n"
-            + lines)
+    meanings = ""
+    for name in dict.fromkeys(c.base for c in cells):
+        if name in CONDITIONS:
+            meanings += f"- {name}: {CONDITIONS[name]}\n"
+    return (f"T is the training length in tokens. Trained with {setup_text(cells)}.\n\n"
+            "Some attention layers see a short window (S), the others all of the past (L); the last layer is "
+            f"always an L. The pattern is {USUAL_WINDOW}, repeated over the layers, unless a name ends with "
+            "another one; that of global is L. A memory in place of attention has no such layers. A name with "
+            "@ has the memory in these layers only, counted from 0.\n\n" + meanings)
+
+
+def listing(title: str, lines: list[str]) -> str:
+    """A title and its list; nothing for an empty list."""
+    if not lines:
+        return ""
+    return f"{title}:\n\n" + "".join(f"- {line}\n" for line in lines) + "\n"
+
+
+def report_study(cells, out: Path, number: int) -> str:
+    """The sections of one study. Its figures are written into `out`; `number` keeps studies' figures apart."""
+    preset_and_data = [name for name in cells[0].study if name]
+    parts = [f"## {' · '.join(preset_and_data) or 'Runs'}\n", introduction(cells)]
+    if PEER in cells[0].study:
+        parts.append(PEER_NOTE)
+
+    for section in SECTIONS:
+        body = section.table(cells)
+        if not body:
+            continue
+        parts.append(f"### {section.title}\n{section.lead}\n{body}")
+        figure = section.figure(cells) if section.figure else None
+        if figure is not None:
+            name = f"{section.file}{number or ''}.png"
+            (out / name).write_bytes(picture(figure))
+            parts.append(f"![{section.title}]({name})\n")
+    return "\n".join(parts)
 
 
 def report(cells, repeats, skipped, others, out: Path) -> str:
     """Writes the figures into `out`; returns the text of REPORT.md."""
-    parts = [f"# Results\n\n{sum(len(c.runs) for c in cells)} runs in {len(cells)} conditions; {len(skipped)} files "
-             f"skipped, {len(repeats)} repeated seeds left out, {len(others)} other JSON files ignored.\n"]
-    for title, lines in (("Skipped", skipped), ("Repeated seeds (the first file read is kept)", repeats)):
-        parts += [f"{title}:\n\n" + "".join(f"- {x}\n" for x in lines)] if lines else []
-    for k, study in enumerate(sorted({c.study for c in cells})):
+    n_runs = sum(len(c.runs) for c in cells)
+    text = (f"# Results\n\n{n_runs} runs in {len(cells)} conditions; {len(skipped)} files skipped, "
+            f"{len(repeats)} repeated seeds left out, {len(others)} other JSON files ignored.\n\n")
+    text += listing("Skipped", skipped)
+    text += listing("Repeated seeds (the first file read is kept)", repeats)
+
+    # studies have different data or presets, so nothing is compared across them
+    studies = []
+    for number, study in enumerate(sorted({c.study for c in cells})):
         mine = [c for c in cells if c.study == study]
-        parts += [f"## {' · '.join(filter(None, study)) or 'Runs'}\n", introduction(mine)]
-        parts += [PEER_NOTE] if study[1] == PEER else []
-        for title, tabulate, draw, lead in SECTIONS:
-            if not (body := tabulate(mine)):
-                continue
-            parts.append(f"### {title}\n{lead}\n\n{body}")
-            if draw and (fig := draw(mine)):
-                name = f"{draw.__name__.removeprefix('figure_')}{k or ''}.png"
-                (out / name).write_bytes(picture(fig))
-                parts.append(f"![{title}]({name})\n")
-    return "\n".join(parts)
+        studies.append(report_study(mine, out, number))
+    return text + "\n".join(studies)
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, whose errors become a UserError like every other bad input."""
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
 
 def main(argv=None) -> int:
+    """Reads the folders, writes REPORT.md and its figures; returns the exit status."""
     parser = Parser(description=__doc__.split("\n")[0],
                     epilog="exit status: 0 all read, 1 some files skipped, 2 bad input")
     parser.add_argument("folders", nargs="+", help="folders with result files, searched to any depth for *.json")
@@ -795,14 +1375,18 @@ def main(argv=None) -> int:
     parser.add_argument("--by", default="", help="configuration keys that split conditions, e.g. --by=n_layer,lr")
     try:
         args = parser.parse_args(argv)
-        out = Path(args.out)
+        by = args.by.split(",") if args.by else []
         runs, skipped, others = read_all(args.folders)
-        cells, repeats = make_cells(runs, args.by.split(",") if args.by else [])
+        cells, repeats = make_cells(runs, by)
+
+        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "REPORT.md").write_text(report(cells, repeats, skipped, others, out), encoding="utf-8")
-    except (UserError, OSError) as e:                                 # an OSError names the file it can't open or write
+        text = report(cells, repeats, skipped, others, out)
+        (out / "REPORT.md").write_text(text, encoding="utf-8")
+    except (UserError, OSError) as e:  # an OSError names the file that can't be opened or written
         print(f"error: {e}", file=sys.stderr)
         return 2
+
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
     print(f"{len(runs)} runs, {len(cells)} conditions, {len(skipped)} files skipped -> {out / 'REPORT.md'}")
