@@ -864,17 +864,25 @@ def grid(kind: type, flags: dict[str, str]) -> list[dict]:
 # Runs: configurations -> one result.json each. A configuration knows its seed, its folder and its identity() (what
 # result.json repeats at its top), and for its name name_begins() and usual() (what goes without saying).
 
-def run_name(cfg) -> str:
-    """laptop-deltanet-window=L-s1: what the name begins with, whatever else makes the result another one, the seed."""
-    begins = cfg.name_begins()
+def changes(cfg) -> list[str]:
+    """The settings that make a run another one than usual, such as ["lr=0.01"]; neither its seed nor what its name
+    begins with."""
     usual = cfg.usual()
-    parts = [str(value) for value in begins.values()]
+    begins = cfg.name_begins()
+    found = []
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        says_more = f.metadata["group"] != "run" and f.name not in begins and f.name != "seed"
-        if says_more and value != getattr(usual, f.name):
-            parts.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
-    name = re.sub(r"[^\w.+=-]", "_", "-".join(parts))
+        says_nothing = f.metadata["group"] == "run" or f.name in begins or f.name == "seed"
+        if not says_nothing and value != getattr(usual, f.name):
+            found.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+    return found
+
+
+def run_name(cfg) -> str:
+    """laptop-deltanet-window=L-s1: what the name begins with, the changes, the seed."""
+    begins = [str(value) for value in cfg.name_begins().values()]
+    name = "-".join([*begins, *changes(cfg)])
+    name = re.sub(r"[^\w.+=-]", "_", name)
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
     return f"{name}-s{cfg.seed}"
