@@ -6,32 +6,42 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
-the state gives the same outputs, a state is an immutable NamedTuple of tensors, and no layer writes into its inputs.
+the state gives the same outputs. A state is an immutable NamedTuple of tensors, and no layer writes into its inputs.
 
-Reading order (nothing is used before it has been read)
+Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
+paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
+the two. The slow forms of the recurrences that `ttt` and `deltanet` use are in memories.py.
+
+Reading order (top to bottom; the checks of Config and the table of memories need the layers, so they stand after them)
     Config, PRESETS                    what can be chosen
-    rotary, attend, ValueGate          parts shared by the mixers
+    attend, rotary, Norm, ValueGate    parts shared by the mixers (a mixer is what moves information between tokens)
     Attention                          `none`: attention over a window, or over all of the past
     PersistentAttention                `persistent`: learned key/value slots beside it
     KNNAttention                       `knn`: an external store that is searched for the nearest keys
-    TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories (their equations are in memories.py)
+    TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories
     ContextualMemory, PersistentMemory `mosaic`: both halves of a Memory Mosaics block
     MLP, Block, Stack                  the transformer around them
     RMT                                `rmt`: memory tokens carried from segment to segment, wrapped around the stack
-    MEMORIES, GPT                      the table of memories and the model
+    Memory, MEMORIES                   what a memory has to offer, and the table of memories
+    check_architecture                 what cannot be built
+    GPT                                the model
 
 Glossary (name here = symbol in the papers)
     B, T, C, H, D    batch, time, channels (n_embd), heads, head dimension          Hkv  key/value heads (GQA)
-    W = window, S = rmt_segment, M = memory tokens or slots, K = ttt_chunk, N = knn_capacity or mosaic_slots
+    W = window, S = rmt_segment, K = ttt_chunk, N = knn_capacity or mosaic's persistent pairs
+    M                persistent's slots or rmt's memory tokens, a layer or a segment
     pos              tokens seen before this call, a 0-dim int64 tensor on the CPU (reading it never waits for a GPU)
     ve               value embeddings: (B,T,Hkv·D) looked up from the token ids, mixed into a layer's values
+    free keys        the first keys of a layer that every query sees, whatever the window; positions do not matter there
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
 2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394), the backbone of the d12 preset (nanochat, via memory-bench).
 """
+import itertools
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,87 +82,85 @@ def check_options(config) -> None:
 
 @dataclass
 class Config:
-    """The architecture, flat. Raises ValueError with one sentence for a combination that cannot be built."""
+    """The architecture, flat. A Config that exists can be built: all others raise ValueError with one sentence."""
     memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic", "memory")
-    memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)", "memory")
+    memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)",
+                                "memory")
+
     n_layer: int = option(4, "number of blocks", low=1)
     n_head: int = option(4, "attention heads", low=1)
     n_kv_head: int = option(0, "key/value heads (grouped queries); 0 = n_head", low=0)
     n_embd: int = option(128, "channels", low=1)
     vocab_size: int = option(257, "size of the token vocabulary", low=1)
     max_seq_len: int = option(512, "training length in tokens", low=1)
+
     window: str = option("SSSL", "attention layers' pattern, tiled: L all of the past, S short_window; the last is L")
     short_window: int = option(0, "tokens an S layer sees; 0 = max_seq_len / 4", low=0)
-    sink_tokens: int = option(0, "first tokens of a sequence that every S layer keeps seeing", low=0)
     pos: str = option("rope", "positions in attention layers", choices=("rope", "alibi", "learned", "none"))
     rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
+    qk_norm: bool = option(True, "normalise queries and keys per head")
+
     norm: str = option("rms", "rms (no parameters) or layer", choices=("rms", "layer"))
     activation: str = option("relu2", "MLP nonlinearity", choices=("relu2", "gelu"))
     bias: bool = option(False, "biases in linear layers and LayerNorms")
     tie_embeddings: bool = option(False, "share the input and output embedding")
-    qk_norm: bool = option(True, "normalise queries and keys per head")
     softcap: float = option(15.0, "logits = c tanh(logits / c); 0 = off", low=0)
     value_embeds: bool = option(False, "token-id value embeddings on alternating layers, gated by the input")
     dropout: float = option(0.0, "dropout on embeddings, attention weights and residual branches", low=0, high=0.999)
+
     persistent_slots: int = option(32, "persistent: learned key/value pairs a layer", "memory", low=0)
-    rmt_tokens: int = option(16, "rmt: memory tokens; 0 = the same segments without memory (its fair baseline)", "memory", low=0)
+    rmt_tokens: int = option(16, "rmt: memory tokens; 0 = the same segments without memory (its fair baseline)",
+                             "memory", low=0)
     rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4", "memory", low=0)
     rmt_bptt: int = option(8, "rmt: segment boundaries that each segment's gradient crosses backwards", "memory", low=0)
     ttt_chunk: int = option(16, "ttt: inner mini-batch K, tokens a gradient step", "memory", low=1)
-    conv_width: int = option(4, "deltanet: width of the causal convolution before q, k, v", "memory", low=1)
-    expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)", "memory", low=1)
+    expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)",
+                           "memory", low=1)
     knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
     knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
-    knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory", choices=("fifo", "lru"))
-    mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block", "memory", low=0)
+    knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
+                            choices=("fifo", "lru"))
+    mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
+                               "memory", low=0)
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_kv_head == 0:
+            self.n_kv_head = self.n_head
         check_options(self)
-        if self.memory not in MEMORIES:
-            raise ValueError(f"memory={self.memory!r} is not known; choose one of {', '.join(MEMORIES)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads; make it a multiple")
-        if self.pos == "rope" and self.head_dim % 2:
-            raise ValueError(f"rope needs an even head size, but n_embd/n_head = {self.head_dim}; change either")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; change either")
-        if not self.window or set(self.window) - set("SL"):
-            raise ValueError(f"window={self.window!r} was given, expected a pattern of the letters S and L such as SSSL")
-        self.carries_memory(0)      # raises if memory_layers cannot be read
+        check_architecture(self)        # stands after the table of memories
 
     @property
     def head_dim(self) -> int:
+        """D, the channels of one head."""
         return self.n_embd // self.n_head
 
     @property
     def local_window(self) -> int:
+        """Tokens that an S layer sees, the query's own included."""
         return self.short_window or max(self.max_seq_len // 4, 1)
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens in a segment of rmt."""
+        return self.rmt_segment or self.max_seq_len // 4
+
+    @property
+    def store_block(self) -> int:
+        """Pairs that move into knn's store at once."""
+        return min(self.local_window, 64)
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that attention layer `layer` sees, itself included; None for all of the past."""
-        short = self.window[layer % len(self.window)] == "S" and layer < self.n_layer - 1
-        return self.local_window if short else None
+        letter = self.window[layer % len(self.window)]
+        is_last = layer == self.n_layer - 1
+        if letter == "L" or is_last:
+            return None
+        return self.local_window
 
-    def carries_memory(self, layer: int) -> bool:
-        if self.memory_layers == "all":
-            return True
-        if MEMORIES[self.memory].mixer is Attention:
-            raise ValueError(f"memory_layers={self.memory_layers!r} has no effect with memory={self.memory!r}; leave it at all")
-        if self.memory_layers == "middle":
-            return layer == self.n_layer // 2
-        try:
-            chosen = [int(i) for i in self.memory_layers.split("+")]
-        except ValueError:
-            raise ValueError(f"memory_layers={self.memory_layers!r} was given, expected all, middle, or indexes such as "
-                             "6 or 1+3+5") from None
-        if not all(0 <= i < self.n_layer for i in chosen):
-            raise ValueError(f"memory_layers={self.memory_layers!r} is out of range; the layers are 0 to {self.n_layer - 1}")
-        return layer in chosen
-
-    def value_embed_slot(self, layer: int) -> int | None:
-        """Alternating layers have value embeddings, the last one included."""
-        return layer // 2 if self.value_embeds and layer % 2 == (self.n_layer - 1) % 2 else None
+    def value_embed_index(self, layer: int) -> int | None:
+        """Which of the value embeddings a layer uses. Alternating layers have one, the last layer included."""
+        has_one = self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
+        return layer // 2 if has_one else None
 
 
 PRESETS = {
@@ -161,12 +169,18 @@ PRESETS = {
     "laptop": dict(n_head=2, rope_theta=10_000.0),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
-                 norm="layer", activation="gelu", bias=True, tie_embeddings=True, qk_norm=False, softcap=0.0, dropout=0.05),
+                 norm="layer", activation="gelu", bias=True, tie_embeddings=True, qk_norm=False, softcap=0.0,
+                 dropout=0.05),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shared parts
+# Shared parts: tensors
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """float32, or x's own dtype where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
 
 def full_precision(x: Tensor):
     """Recurrences, gates and normalisations stay out of autocast: a state in bf16 would forget by rounding."""
@@ -175,7 +189,7 @@ def full_precision(x: Tensor):
 
 def unit(x: Tensor) -> Tensor:
     """x / ‖x‖ over the last axis, in float32 at least."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = x.to(at_least_float32(x))
     return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
@@ -190,154 +204,269 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def extend(seen: Tensor | None, new: Tensor) -> Tensor:
+    """The past and what is new, one after the other in time (axis 2)."""
     return new if seen is None else torch.cat([seen, new], 2)
 
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """RoPE (Su et al. 2021): the pair (x_i, x_{i+D/2}) turns by positions · theta^(-2i/D). x (B,H,T,D), positions (T,)"""
-    D, dtype = x.size(-1), torch.promote_types(x.dtype, torch.float32)
-    freq = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
-    angle = positions.to(dtype)[:, None] * freq                 # (T,D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    D = x.size(-1)
+    dtype = at_least_float32(x)
+    frequency = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)     # (D/2,)
+    angle = positions.to(dtype)[:, None] * frequency                                    # (T,D/2)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)                                                      # each (B,H,T,D/2)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared parts: softmax attention (Vaswani et al. 2017, eq. 1), first slow, then fast
+
+def attend_slow(q, k, v, window=None, n_free=0, slopes=None, scale=None):
+    """Causal attention as its equation, with a Tq×Tk matrix of weights. The arguments are those of `attend`."""
+    Tq, Tk, D = q.size(2), k.size(2), q.size(3)
+    k = repeat_heads(k, q.size(1))
+    v = repeat_heads(v, q.size(1))
+    score = q @ k.mT * (D ** -0.5 if scale is None else scale)          # q_i·k_j / √D  (B,H,Tq,Tk)
+
+    # Query i stands at key i: the last Tq of the keys belong to the queries.
+    i = torch.arange(Tk - Tq, Tk, device=q.device)[:, None]
+    j = torch.arange(Tk, device=q.device)
+    distance = torch.where(j < n_free, 0, i - j)                        # free keys are never far
+    if slopes is not None:
+        score = score - slopes[:, None, None] * distance                # ALiBi: far tokens count less
+    visible = (j <= i) & (distance < (window or Tk))
+    weights = score.masked_fill(~visible, -math.inf).softmax(-1)        # rows sum to one
+    return weights @ v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: int = 0, slopes: Tensor | None = None,
            scale: float | None = None, dropout: float = 0.0) -> Tensor:
-    """Causal attention: q (B,H,Tq,D), k, v (B,Hkv,Tk,D), the last Tq keys standing at the queries' positions.
+    """Causal attention: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv).
 
-    Query i sees the keys j <= i with i - j < window, and the first n_free keys whatever their distance. slopes (H,) are
-    ALiBi's, from which the free keys are exempt. No Tq×Tk mask is built: without window and bias this is one
-    flash-attention call, otherwise queries go block by block and meet only the keys of their own window, O(T·window).
+    The last Tq keys stand at the queries' positions. Query i sees the keys j <= i with i - j < window, and the first
+    n_free keys whatever their distance. slopes (H,) are ALiBi's, from which the free keys are exempt. No Tq×Tk mask is
+    built: without window and slopes this is one flash-attention call, otherwise queries go block by block and meet only
+    the keys of their own window, O(T·window).
     """
-    H, Tq, Tk = q.size(1), q.size(2), k.size(2)
-    if k.size(1) != H:
-        k, v = (x.repeat_interleave(H // x.size(1), 1) for x in (k, v))
-    start = Tk - Tq                                             # the first query's own key
-    if slopes is None and (window is None or window >= Tk):
-        if Tq == 1:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-        if start <= Tq:                                         # blank queries on the left make the causal mask square
-            y = F.scaled_dot_product_attention(F.pad(q, (0, 0, start, 0)), k, v, dropout_p=dropout, is_causal=True, scale=scale)
-            return y[:, :, start:]
-    # The keys in pieces: the free ones, what else precedes the queries, then one piece a block of queries. A window no
-    # wider than a block reaches one piece back. Pieces come from split: the gradient of a slice is as long as the whole
-    # sequence, and a slice for each block would cost O(T²/block).
-    block, free = max(window or 256, 64), min(n_free, Tk)
-    bounds = [0, free, max(start, free), *(max(start + b, free) for b in range(block, Tq, block)), Tk]
-    sizes = [b - a for a, b in zip(bounds, bounds[1:])]
+    k = repeat_heads(k, q.size(1))
+    v = repeat_heads(v, q.size(1))
+    Tq, Tk = q.size(2), k.size(2)
+    before = Tk - Tq                                                    # keys that precede the first query's own
+
+    no_mask = slopes is None and (window is None or window >= Tk)      # but the causal one
+    if no_mask and Tq == 1:                                             # one query, the newest, sees every key
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    if no_mask and before <= Tq:                                        # blank queries on the left make the mask square
+        padded = F.pad(q, (0, 0, before, 0))
+        y = F.scaled_dot_product_attention(padded, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+        return y[:, :, before:]
+    return attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout)
+
+
+def attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout):
+    """`attend` for one block of queries after the other; k and v have as many heads as q."""
+    Tq, Tk = q.size(2), k.size(2)
+    before = Tk - Tq
+    free = min(n_free, Tk)
+    block = max(window or 256, 64)      # a window is no wider than a block, so it reaches one block back at most
+
+    # Keys and values are cut into pieces: 0 holds the free keys, 1 the others that precede the queries, 2 + n the keys of
+    # the n-th block of queries. The cut is made by split, as the gradient of a slice is as long as the whole sequence,
+    # and a slice for each block would cost O(T²/block).
+    ends = [free, max(before, free)]
+    for end in range(before + block, Tk, block):
+        ends.append(max(end, free))
+    ends.append(Tk)
+    sizes = [end - begin for begin, end in zip([0, *ends], ends)]
+    k_pieces = k.split(sizes, 2)
+    v_pieces = v.split(sizes, 2)
     positions = torch.arange(Tk, device=q.device)
-    pieces = list(zip(k.split(sizes, 2), v.split(sizes, 2), positions.split(sizes)))
+    j_pieces = positions.split(sizes)
+    i_blocks = positions[before:, None].split(block)
+
     ys = []
-    for n, (q_n, i) in enumerate(zip(q.split(block, 2), positions[start:, None].split(block))):
-        keys, values, j = zip(*(pieces[:1] + pieces[n + 1:n + 3] if window else pieces[:n + 3]))
-        j = torch.cat(j)
-        mask = (j <= i) if window is None else (j <= i) & ((i - j < window) | (j < n_free))
+    for n, q_block in enumerate(q.split(block, 2)):
+        # The free keys, then what the block can see of the past, then its own keys.
+        first = n + 1 if window else 1
+        visible_pieces = [0, *range(first, n + 3)]
+        keys = torch.cat([k_pieces[p] for p in visible_pieces], 2)
+        values = torch.cat([v_pieces[p] for p in visible_pieces], 2)
+        j = torch.cat([j_pieces[p] for p in visible_pieces])            # (keys,)
+        i = i_blocks[n]                                                 # (block,1)
+
+        mask = j <= i
+        if window is not None:
+            mask = mask & ((i - j < window) | (j < n_free))
         if slopes is not None:
             bias = -slopes[:, None, None] * torch.where(j < n_free, 0, i - j)
-            mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)                   # (H,block,keys)
-        ys.append(F.scaled_dot_product_attention(q_n, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask,
-                                                 dropout_p=dropout, scale=scale))
+            mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)       # (H,block,keys), added to the scores
+        y = F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
+        ys.append(y)
     return torch.cat(ys, 2)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """(B,Hkv,T,D) -> (B,H,T,D): grouped queries, where H/Hkv neighbouring heads share keys and values."""
+    return x if x.size(1) == H else x.repeat_interleave(H // x.size(1), 1)
+
+
+def one_hot_values(k: Tensor) -> Tensor:
+    """One unit vector a key: with these for values, attention returns its weights. k (B,H,keys,D) -> (B,H,keys,keys)"""
+    n = k.size(2)
+    return torch.eye(n, device=k.device, dtype=torch.float64).expand(*k.shape[:2], n, n)
 
 
 def attention_flops(T: int, window: int | None, width: int) -> float:
     """Forward FLOPs a token of causal attention: scores and mixing cost 2·width each per visible key, averaged over T."""
     w = min(window or T, T)
-    return 4 * width * (w - w * (w - 1) / (2 * T))
+    visible = w - w * (w - 1) / (2 * T)         # the first w queries see 1, 2, …, w keys, the others w
+    return 4 * width * visible
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared parts: modules
 
 class Norm(nn.Module):
+    """RMSNorm without parameters, or LayerNorm, over the channels."""
     def __init__(self, config: Config):
         super().__init__()
-        self.shape, self.rms = (config.n_embd,), config.norm == "rms"
-        if not self.rms:
+        self.shape = (config.n_embd,)
+        self.is_rms = config.norm == "rms"
+        if not self.is_rms:
             self.weight = nn.Parameter(torch.ones(config.n_embd))
             self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        return F.rms_norm(x, self.shape) if self.rms else F.layer_norm(x, self.shape, self.weight, self.bias)
+        if self.is_rms:
+            return F.rms_norm(x, self.shape)
+        return F.layer_norm(x, self.shape, self.weight, self.bias)
 
 
 class ValueGate(nn.Module):
     """v + 2σ(W x) ve: the layer's values plus the token's value embedding, gated per head by the input's first 32
-    channels. v (B,H,T,Dv); ve (B,T,Hkv·D) is repeated where the layer has more heads or wider values."""
+    channels. v (B,H,T,Dv); ve (B,T,Hkv·D) is repeated where the layer has more heads or wider values. (nanochat's)"""
     def __init__(self, config: Config, heads: int):
         super().__init__()
-        self.head_dim, self.width = config.head_dim, min(32, config.n_embd)
+        self.head_dim = config.head_dim
+        self.width = min(32, config.n_embd)
         self.linear = nn.Linear(self.width, heads, bias=False)
 
     def forward(self, v, x, ve):
-        gate = 2 * torch.sigmoid(self.linear(x[..., :self.width])).transpose(1, 2)[..., None]       # (B,H,T,1)
-        ve = split_heads(ve, self.head_dim)                                                         # (B,Hkv,T,D)
-        ve = ve.repeat_interleave(v.size(1) // ve.size(1), 1).repeat(1, 1, 1, v.size(-1) // ve.size(-1))
+        gate = 2 * torch.sigmoid(self.linear(x[..., :self.width]))      # (B,T,H)
+        gate = gate.transpose(1, 2)[..., None]                          # (B,H,T,1)
+        ve = split_heads(ve, self.head_dim)                             # (B,Hkv,T,D)
+        ve = repeat_heads(ve, v.size(1))                                # (B,H,T,D)
+        ve = ve.repeat(1, 1, 1, v.size(-1) // ve.size(-1))              # (B,H,T,Dv)
         return v + (gate * ve).to(v.dtype)
 
 
 def value_gate(config: Config, layer: int, heads: int) -> ValueGate | None:
-    return ValueGate(config, heads) if config.value_embed_slot(layer) is not None else None
+    """The layer's gate for value embeddings, None where the layer has none."""
+    if config.value_embed_index(layer) is None:
+        return None
+    return ValueGate(config, heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # none: attention
 
 class AttentionState(NamedTuple):
-    k: Tensor    # (B,Hkv,t,D) keys still visible to a later query, rotated; t grows without end only in an L layer
+    """The keys and values that a later query can still see."""
+    k: Tensor    # (B,Hkv,t,D) turned to their positions; t grows without end only in an L layer
     v: Tensor    # (B,Hkv,t,D)
     pos: Tensor  # ()
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    """Softmax attention (`attend`) over a window or over all of the past. Its first n_free tokens stay visible."""
+    def __init__(self, config: Config, layer: int, n_free: int = 0):
         super().__init__()
-        C, self.H, self.Hkv, self.D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        C = config.n_embd
+        self.H = config.n_head
+        self.Hkv = config.n_kv_head
+        self.D = config.head_dim
         self.q = nn.Linear(C, self.H * self.D, bias=config.bias)
         self.k = nn.Linear(C, self.Hkv * self.D, bias=config.bias)
         self.v = nn.Linear(C, self.Hkv * self.D, bias=config.bias)
         self.out = nn.Linear(C, C, bias=config.bias)
         self.value_gate = value_gate(config, layer, self.Hkv)
-        self.window, self.n_free = config.window_of(layer), config.sink_tokens
-        self.dropout, self.qk_norm = config.dropout, config.qk_norm
+
+        self.window = config.window_of(layer)
+        self.n_free = n_free
+        self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
         self.theta = config.rope_theta if config.pos == "rope" else None
-        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / self.H) for h in range(self.H)])              # Press et al. 2022
-        self.register_buffer("slopes", slopes if config.pos == "alibi" else None, persistent=False)
+        slopes = None
+        if config.pos == "alibi":       # 2^(-8/H), 2^(-16/H), …, 2^-8 (Press et al. 2022)
+            slopes = torch.tensor([2.0 ** (-8 * (h + 1) / self.H) for h in range(self.H)])
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(self, x, state=None, ve=None):
+        q, k, v = self.project(x, ve)
+        y, state = self.look_back(q, k, v, state)
+        return self.out(join_heads(y)), state
 
     def project(self, x, ve):
         """x (B,T,C) -> q (B,H,T,D), k, v (B,Hkv,T,D), normalised but not yet rotated."""
-        q, k, v = (split_heads(f(x), self.D) for f in (self.q, self.k, self.v))
+        q = split_heads(self.q(x), self.D)
+        k = split_heads(self.k(x), self.D)
+        v = split_heads(self.v(x), self.D)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
+            q = F.rms_norm(q, (self.D,))
+            k = F.rms_norm(k, (self.D,))
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
         return q, k, v
 
     def look_back(self, q, k, v, state):
-        """Attention over the window (or all) of the past; returns y (B,H,T,D) and what a later query can still see."""
-        seen_k, seen_v, pos = state or (None, None, 0)
-        T, pos = q.size(2), int(pos)
-        if self.theta:
-            positions = torch.arange(pos, pos + T, device=q.device)
-            q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
-        k, v = extend(seen_k, k), extend(seen_v, v)
-        state = AttentionState(self.still_visible(k), self.still_visible(v), torch.tensor(pos + T))
-        k, v, n_free = self.with_slots(k, v)
+        """Attention of projected queries over what they see -> y (B,H,T,D), what a later query can still see."""
+        q, k, v, n_free, state = self.gather(q, k, v, state)
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, self.window, n_free, self.slopes, dropout=dropout), state
 
+    def gather(self, q, k, v, state):
+        """Turns q and k to their positions and puts the past before k and v.
+
+        -> q (B,H,T,D), k and v (B,Hkv,keys,D), how many free keys come first, and the new state
+        """
+        if state is None:
+            seen_k, seen_v, pos = None, None, 0
+        else:
+            seen_k, seen_v, pos = state
+        end = int(pos) + q.size(2)
+        if self.theta is not None:
+            positions = torch.arange(int(pos), end, device=q.device)
+            q = rotary(q, positions, self.theta)
+            k = rotary(k, positions, self.theta)
+        k = extend(seen_k, k)
+        v = extend(seen_v, v)
+        state = AttentionState(self.still_visible(k), self.still_visible(v), torch.tensor(end))
+        k, v, n_free = self.with_slots(k, v)
+        return q, k, v, n_free, state
+
     def still_visible(self, x):
-        """The free tokens at the front and the window's last W-1: the next token is the window's W-th."""
-        keep = self.n_free + self.window - 1 if self.window else x.size(2)
-        if x.size(2) <= keep:
+        """Of keys or values (B,Hkv,t,D) those a later query sees: the free ones, and the window's last W-1, because the
+        next token is the window's W-th."""
+        if self.window is None:
             return x
-        return torch.cat([x[:, :, :self.n_free], x[:, :, x.size(2) - keep + self.n_free:]], 2)
+        recent = self.window - 1
+        if x.size(2) <= self.n_free + recent:
+            return x
+        return torch.cat([x[:, :, :self.n_free], x[:, :, x.size(2) - recent:]], 2)
 
     def with_slots(self, k, v):
+        """Keys and values with a memory's slots before them, and how many free keys come first."""
         return k, v, self.n_free
 
-    def forward(self, x, state=None, ve=None):
-        y, state = self.look_back(*self.project(x, ve), state)
-        return self.out(join_heads(y)), state
+    def weights(self, x, state=None, ve=None):
+        """Where a call's queries look: for what no token of the text stands at (free keys: slots, memory tokens) the sum
+        of the weights (B,H,T), and the weight of each visible token (B,H,T,tokens), the call's last token last."""
+        q, k, v = self.project(x, ve)
+        q, k, v, n_free, _ = self.gather(q, k, v, state)
+        weights = attend(q.double(), k.double(), one_hot_values(k), self.window, n_free, self.slopes)
+        return weights[..., :n_free].sum(-1), weights[..., n_free:]
 
     def flops(self, T):
         return attention_flops(T, self.window, self.H * self.D)
@@ -347,7 +476,12 @@ class Attention(nn.Module):
 # persistent: learned slots (Sukhbaatar et al. 2019)
 
 class PersistentAttention(Attention):
-    """Attention whose every query also sees M learned key/value pairs, which have no position and lie in no window."""
+    """Attention whose every query also sees M learned key/value pairs, which have no position and lie in no window.
+
+    Sukhbaatar et al. 2019, section 4: one softmax over the M slots and the tokens. There the slots take the place of
+    the feed-forward layers, here they stand beside them. The nearest code by the authors is persistent_memory.py in
+    https://github.com/facebookresearch/adaptive-span, where slots belong to a head as here.
+    """
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
         self.M = config.persistent_slots
@@ -357,12 +491,15 @@ class PersistentAttention(Attention):
         self.slot_scale = nn.Parameter(torch.tensor([0.01]))    # the layer starts close to plain attention
 
     def with_slots(self, k, v):
-        slots = split_heads(torch.stack([self.slot_k, self.slot_scale * self.slot_v]), self.D)      # (2,Hkv,M,D)
-        slot_k, slot_v = slots.to(k.dtype).unbind()
+        slot_k = split_heads(self.slot_k[None].to(k.dtype), self.D)                     # (1,Hkv,M,D)
+        slot_v = split_heads((self.slot_scale * self.slot_v)[None].to(v.dtype), self.D)
         if self.qk_norm:
             slot_k = F.rms_norm(slot_k, (self.D,))
-        slot_k, slot_v = (slot.expand(k.size(0), -1, -1, -1) for slot in (slot_k, slot_v))
-        return torch.cat([slot_k, k], 2), torch.cat([slot_v, v], 2), self.M + self.n_free
+        # softmax over [slots; tokens]
+        B = k.size(0)
+        k = torch.cat([slot_k.expand(B, -1, -1, -1), k], 2)
+        v = torch.cat([slot_v.expand(B, -1, -1, -1), v], 2)
+        return k, v, self.M + self.n_free
 
     def flops(self, T):
         return super().flops(T) + 4 * self.M * self.H * self.D
@@ -372,75 +509,141 @@ class PersistentAttention(Attention):
 # knn: an external key-value store (Wu et al. 2022)
 
 class Store(NamedTuple):
-    k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood; n grows up to N
+    """Pairs that have left the window; n of them, at most N."""
+    k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
     used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it; at first, when it was written
 
 
 class KNNState(NamedTuple):
+    """What window attention remembers, the window's pairs, and the store."""
     local: AttentionState
-    k: Tensor        # (B,Hkv,W,D) unrotated keys of the window's tokens, the next to move into the store
-    v: Tensor
-    store: Store
+    k: Tensor              # (B,Hkv,W,D) unrotated keys of the window's tokens, the next to move into the store
+    v: Tensor              # (B,Hkv,W,D)
+    store: Store | None
 
 
 class KNNAttention(Attention):
-    """Window attention, plus a store of the (key, value) pairs that have left the window. A query retrieves its k
-    nearest keys from the store, attends to them, and a learned gate per head mixes both results. No gradient flows into
-    stored pairs. The window is short_window whatever the pattern: further back only the store reaches.
+    """Window attention, plus a store of the (key, value) pairs that have left the window. A query retrieves the keys
+    nearest to it (knn_topk of them) from the store and attends to them, and a learned gate per head mixes both results:
 
-    Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A block is written before its
-    first token leaves the window, and each query sees only those that have left it, so nothing is seen twice or missed;
-    the price is that up to 63 of the N places hold pairs still waiting.
+        y = (1 - σ(a)) y_window + σ(a) Σ_{j in top-k} softmax_j(q·k_j / √D) v_j
+
+    No gradient flows into stored pairs. The window is short_window whatever the pattern: further back only the store
+    reaches. `slow` says the same token by token.
+
+    Wu et al. 2022, section 3 (retrieval and gate). The authors' code is not published; the nearest is
+    https://github.com/lucidrains/memorizing-transformers-pytorch, which has one softmax instead of the gate.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
         self.window = config.local_window
-        self.N, self.topk, self.evict = config.knn_capacity, min(config.knn_topk, config.knn_capacity), config.knn_evict
-        self.block = min(self.window, 64)
-        if self.N < self.block:
-            raise ValueError(f"knn_capacity={self.N} is smaller than the {self.block} pairs that move at once; raise it")
-        self.gate = nn.Parameter(torch.zeros(self.H))           # σ(0): half local, half retrieved
+        self.N = config.knn_capacity
+        self.topk = min(config.knn_topk, config.knn_capacity)
+        self.evict = config.knn_evict
+        self.block = config.store_block
+        self.gate = nn.Parameter(torch.zeros(self.H))           # a; σ(0): half local, half retrieved
+
+    def slow(self, x):
+        """The layer on a whole sequence, token by token, with one dictionary as the store of a sequence and its head."""
+        q, k, v = self.project(x, None)
+        y_window, _ = self.look_back(q, k, v, None)
+        q, k = self.by_content(q, k)
+        gate = torch.sigmoid(self.gate)
+        group = self.H // self.Hkv                              # heads that search the same store
+        y = y_window.clone()
+        for b, head_kv in itertools.product(range(x.size(0)), range(self.Hkv)):
+            store = {}                                          # a pair's position -> when it was last retrieved
+            for t in range(x.size(1)):
+                # Every few tokens those that are about to leave the window move in, and others make room for them.
+                if t % self.block == 0:
+                    arriving = range(max(t - self.window, 0), max(t - self.window + self.block, 0))
+                    while store and len(store) + len(arriving) > self.N:
+                        oldest = min(store) if self.evict == "fifo" else min(store, key=store.get)
+                        del store[oldest]
+                    store.update(dict.fromkeys(arriving, t))
+
+                # Only pairs outside the window are searched: nothing is seen twice.
+                outside = [position for position in store if position <= t - self.window]
+                if not outside:
+                    continue
+                keys = k[b, head_kv, outside]                   # (pairs,D)
+                values = v[b, head_kv, outside]
+                for h in range(head_kv * group, (head_kv + 1) * group):
+                    score = keys @ q[b, h, t] / self.D ** 0.5
+                    score, nearest = score.topk(min(self.topk, len(outside)))
+                    retrieved = score.softmax(0) @ values[nearest]
+                    y[b, h, t] = (1 - gate[h]) * y_window[b, h, t] + gate[h] * retrieved
+                    for place in nearest.tolist():
+                        store[outside[place]] = t
+        return self.out(join_heads(y))
+
+    def by_content(self, q, k):
+        """Queries and keys as they meet in the store: normalised, and not rotated."""
+        if self.qk_norm:                                        # `project` has done it
+            return q, k
+        return F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
 
     def forward(self, x, state=None, ve=None):
-        B, T, _ = x.shape
+        """Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A block is written
+        before its first token leaves the window, and each query sees only those that have left it, so nothing is seen
+        twice or missed. The price is that up to 63 of the N places hold pairs still waiting."""
+        if state is None:
+            local, past_k, past_v, store = None, None, None, None
+            begin = 0
+        else:
+            local, past_k, past_v, store = state
+            begin = int(local.pos)
+        end = begin + x.size(1)
         q, k, v = self.project(x, ve)
-        local, past_k, past_v, store = state or (None, None, None, None)
-        pos = 0 if local is None else int(local.pos)
         y, local = self.look_back(q, k, v, local)
-        if not self.qk_norm:
-            q, k = F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
-        past_k, past_v = extend(past_k, k.detach()), extend(past_v, v.detach())
-        first = pos + T - past_k.size(2)                        # absolute position of past_k[:, :, 0]
-        found, any_found, blocks = [], [], range(pos // self.block * self.block, pos + T, self.block)
-        sizes = [min(a + self.block, pos + T) - max(a, pos) for a in blocks]
-        for a, q_n in zip(blocks, q.split(sizes, 2)):
-            lo, hi = max(a - self.window, 0), a - self.window + self.block
-            if a >= pos and hi > 0:                             # a block begins inside this call
-                store = self.write(store, *(p[:, :, lo - first:hi - first] for p in (past_k, past_v)), lo, a)
-            t = torch.arange(q_n.size(2), device=x.device) + max(a, pos)
-            memory, hit, store = self.retrieve(q_n, store, t)
-            found.append(memory)
+
+        # The pairs of the window before this call, then those of the call.
+        q, k = self.by_content(q, k)
+        past_k = extend(past_k, k.detach())
+        past_v = extend(past_v, v.detach())
+        first = end - past_k.size(2)                            # absolute position of past_k[:, :, 0]
+
+        # Block by block, cut where the absolute position is a multiple of the block's length.
+        next_block = (begin // self.block + 1) * self.block
+        bounds = [begin, *range(next_block, end, self.block), end]
+        sizes = [b - a for a, b in zip(bounds, bounds[1:])]
+        found = []
+        any_found = []
+        for t, q_block in zip(bounds, q.split(sizes, 2)):
+            oldest = max(t - self.window, 0)
+            newest = t - self.window + self.block               # exclusive
+            if t % self.block == 0 and newest > 0:
+                new_k = past_k[:, :, oldest - first:newest - first]
+                new_v = past_v[:, :, oldest - first:newest - first]
+                store = self.write(store, new_k, new_v, oldest, t)
+            positions = torch.arange(t, t + q_block.size(2), device=x.device)
+            y_block, hit, store = self.retrieve(q_block, store, positions)
+            found.append(y_block)
             any_found.append(hit)
-        gate = torch.sigmoid(self.gate)[:, None, None] * torch.cat(any_found, 2)        # 0 where nothing was found
+
+        # A query that found nothing keeps what the window says.
+        gate = torch.sigmoid(self.gate)[:, None, None] * torch.cat(any_found, 2)        # (B,H,T,1)
         y = y + gate.to(y.dtype) * (torch.cat(found, 2) - y)
-        last = lambda past: past[:, :, max(past.size(2) - self.window, 0):]
-        return self.out(join_heads(y)), KNNState(local, last(past_k), last(past_v), store)
+        keep = min(self.window, past_k.size(2))
+        state = KNNState(local, past_k[:, :, -keep:], past_v[:, :, -keep:], store)
+        return self.out(join_heads(y)), state
 
     def write(self, store, k, v, first, now):
-        """Tokens first, first+1, … enter; where they do not fit, the oldest (fifo) or least recently retrieved (lru)
-        pairs leave."""
+        """The tokens first, first+1, … enter the store; where they do not fit, the oldest (fifo) or least recently
+        retrieved (lru) pairs leave."""
         position = torch.arange(first, first + k.size(2), device=k.device).expand(*k.shape[:3])
-        new = Store(k, v, position, torch.full_like(position, now))
+        new = Store(k, v, written=position, used=torch.full_like(position, now))
         if store is None:
             return new
-        n = store.k.size(2)
-        if n + k.size(2) > self.N:
+        room = self.N - k.size(2)
+        if store.k.size(2) > room:
             age = store.written if self.evict == "fifo" else store.used
-            keep = age.topk(self.N - k.size(2), dim=-1, sorted=False).indices           # (B,Hkv,N-new)
+            keep = age.topk(room, dim=-1, sorted=False).indices                         # (B,Hkv,room)
             rows = keep[..., None].expand(-1, -1, -1, self.D)
-            store = Store(store.k.gather(2, rows), store.v.gather(2, rows), store.written.gather(2, keep), store.used.gather(2, keep))
+            store = Store(store.k.gather(2, rows), store.v.gather(2, rows),
+                          store.written.gather(2, keep), store.used.gather(2, keep))
         return Store(*map(extend, store, new))
 
     def retrieve(self, q, store, t):
@@ -448,27 +651,40 @@ class KNNAttention(Attention):
         B, _, n, D = q.shape
         if store is None:
             return torch.zeros_like(q), torch.zeros_like(q[..., :1], dtype=torch.bool), None
-        G = self.H // self.Hkv
-        q = q.reshape(B, self.Hkv, G * n, D)                    # the G heads of a group search the same store
-        k, v = store.k.to(q.dtype), store.v.to(q.dtype)
-        outside = store.written[:, :, None] <= (t.repeat(G) - self.window)[:, None]     # (B,Hkv,G·n,size)
-        score = (q @ k.mT * D ** -0.5).masked_fill(~outside, float("-inf"))
-        top, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
-        hit = top > float("-inf")                               # (B,Hkv,G·n,topk)
-        used = store.used
-        if self.evict == "lru":
-            # Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all that tie with
-            # the last taken count as retrieved: otherwise what leaves the store would depend on how the text was cut.
-            last = top.amin(-1, keepdim=True)                   # -inf where fewer than topk can be seen
-            ties = score.detach() >= last - 8 * torch.finfo(score.dtype).eps * last.abs().clamp(1, D)
-            used = used.maximum(torch.where(ties & outside, t.repeat(G)[:, None], -1).amax(2))
-        # The other scores are masked rather than the best gathered: two matrix products cost less than moving k·D numbers
-        # a query. finfo.min instead of -inf keeps the softmax of a query that found nothing finite.
-        nearest = torch.zeros_like(outside).scatter(-1, place, hit)
+
+        # The heads of a group search the same store, so they stand one after the other in time: G·n queries.
+        group = self.H // self.Hkv
+        q = q.reshape(B, self.Hkv, group * n, D)
+        t = t.repeat(group)[:, None]                                                    # (G·n,1)
+        outside = store.written[:, :, None] <= t - self.window                          # (B,Hkv,G·n,size)
+        score = (q @ store.k.to(q.dtype).mT * D ** -0.5).masked_fill(~outside, -math.inf)
+        best, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
+        is_pair = best > -math.inf                              # (B,Hkv,G·n,topk): not one that is hidden from the query
+
+        # All other scores are masked rather than the best gathered: two matrix products cost less than moving topk·D
+        # numbers a query. finfo.min instead of -inf keeps the softmax of a query that found nothing finite.
+        nearest = torch.zeros_like(outside).scatter(-1, place, is_pair)
         weight = score.masked_fill(~nearest, torch.finfo(score.dtype).min).softmax(-1)
-        y = weight @ v
-        hit = hit.any(-1, keepdim=True)
-        return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store._replace(used=used)
+        y = weight @ store.v.to(q.dtype)
+        if self.evict == "lru":
+            store = store._replace(used=self.last_use(store, score.detach(), best, outside, t))
+        hit = is_pair.any(-1, keepdim=True)
+        return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store
+
+    def last_use(self, store, score, best, outside, t):
+        """When each stored pair was last retrieved, after the queries at t.
+
+        Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all that tie with the last
+        taken count as retrieved: otherwise what leaves the store would depend on how the text was cut.
+        """
+        last = best.amin(-1, keepdim=True)                      # -inf where fewer than topk can be seen
+        tolerance = 8 * torch.finfo(score.dtype).eps * last.abs().clamp(1, self.D)
+        retrieved = (score >= last - tolerance) & outside
+        return store.used.maximum(torch.where(retrieved, t, -1).amax(2))
+
+    def weights(self, x, state=None, ve=None):
+        """Where the queries look within the window (what the store adds has no fixed place)."""
+        return super().weights(x, None if state is None else state.local, ve)
 
     def flops(self, T):
         return super().flops(T) + self.H * self.D * (2 * self.N + 4 * self.topk)
@@ -478,17 +694,25 @@ class KNNAttention(Attention):
 # ttt: TTT-Linear (Sun et al. 2024)
 
 class TTT(nn.Module):
-    """The state is the weights of a small linear model, trained by gradient descent while it reads; see memories.py."""
+    """The state is the weights of a small linear model, trained by gradient descent while it reads. The recurrence is
+    `ttt_linear` in memories.py, its slow form the loop there.
+
+    Sun et al. 2024, section 2; https://github.com/test-time-training/ttt-lm-pytorch, ttt.py, with the projections of
+    its transformer backbone (no convolution, no output gate).
+    """
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        C, H, self.D, self.K = config.n_embd, config.n_head, config.head_dim, config.ttt_chunk
-        if self.D % 2:
-            raise ValueError(f"ttt rotates its keys and needs an even head size, but n_embd/n_head = {self.D}")
-        self.q, self.k, self.v = (nn.Linear(C, C, bias=config.bias) for _ in range(3))
+        C = config.n_embd
+        H = config.n_head
+        self.D = config.head_dim
+        self.K = config.ttt_chunk
+        self.q = nn.Linear(C, C, bias=config.bias)
+        self.k = nn.Linear(C, C, bias=config.bias)
+        self.v = nn.Linear(C, C, bias=config.bias)
         self.lr = nn.Linear(C, H)                                       # w_h, c_h
         self.token_scale = nn.Parameter(torch.zeros(self.K))            # learned_i
         self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked
-        self.b = nn.Parameter(torch.zeros(H * self.D))
+        self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
         self.ln_bias = nn.Parameter(torch.zeros(H * self.D))
         self.post_norm = nn.LayerNorm(C)
@@ -497,106 +721,177 @@ class TTT(nn.Module):
         self.theta = config.rope_theta
 
     def forward(self, x, state: TTTState | None = None, ve=None):
-        T, D = x.size(1), self.D
-        q, k, v = (split_heads(f(x), D) for f in (self.q, self.k, self.v))
+        q = split_heads(self.q(x), self.D)                              # (B,H,T,D)
+        k = split_heads(self.k(x), self.D)
+        v = split_heads(self.v(x), self.D)
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
-        p = 0 if state is None else int(state.pos)
-        positions = torch.arange(p, p + T, device=x.device) % self.K
-        q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
-        lr = torch.sigmoid(self.lr(x).to(torch.promote_types(x.dtype, torch.float32))) / D          # η (B,T,H), base_lr 1
-        i = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
-        scale = (1 / i + self.token_scale).clamp(min=0)                                             # s_i
+
+        # Queries and keys turn by the position within the mini-batch: beyond it the inner model knows no order.
+        seen = 0 if state is None else int(state.pos)
+        positions = torch.arange(seen, seen + x.size(1), device=x.device) % self.K
+        q = rotary(q, positions, self.theta)
+        k = rotary(k, positions, self.theta)
+
+        # η_t = σ(w_h·x_t + c_h) / D is how far a token moves the weights; s_i = max(0, 1/i + learned_i) how far a step
+        # at place i of the mini-batch goes.
+        lr = torch.sigmoid(self.lr(x).to(at_least_float32(x))) / self.D                             # (B,T,H)
+        place = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
+        step = (1 / place + self.token_scale).clamp(min=0)                                          # (K,)
+
+        # Parameters are matrices and vectors of all heads together; the recurrence wants them by head.
+        W = self.W.view(-1, self.D, self.D)
+        b = self.b.view(-1, self.D)
+        ln_weight = self.ln_weight.view(-1, self.D)
+        ln_bias = self.ln_bias.view(-1, self.D)
         with full_precision(x):
-            o, state = ttt_linear(*(a.transpose(1, 2) for a in (q, k, v)), lr, scale, self.W.view(-1, D, D),
-                                  *(p.view(-1, D) for p in (self.b, self.ln_weight, self.ln_bias)), state)
+            o, state = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, step,
+                                  W, b, ln_weight, ln_bias, state)                                  # o (B,T,H,D)
         return self.out(self.post_norm(o.flatten(2))), state
 
     def flops(self, T):
-        H, D = self.W.size(0) // self.D, self.D
-        return H * (6 * D * D + 4 * self.K * D)
+        H = self.W.size(0) // self.D
+        return H * (6 * self.D * self.D + 4 * self.K * self.D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # deltanet: Gated DeltaNet (Yang et al. 2025)
 
+CONV_WIDTH = 4      # tokens that the convolution before q, k and v sees, as published
+
+
 class DeltaNetState(NamedTuple):
-    tail: Tensor  # (B,w-1,channels) the convolution's last inputs
-    S: Tensor     # (B,H,Dk,Dv) the fast weights
+    """The convolution's last inputs, and the fast weights."""
+    tail: Tensor  # (B,CONV_WIDTH-1,channels)
+    S: Tensor     # (B,H,Dk,Dv)
 
 
 class DeltaNet(nn.Module):
-    """Fast weights S written by the gated delta rule; see memories.py for the recurrence."""
+    """Fast weights S written by the gated delta rule. The recurrence is `gated_delta_rule` in memories.py, its slow form
+    the loop there.
+
+    Yang et al. 2025, eq. 10, and the block design of section 3; https://github.com/NVlabs/GatedDeltaNet,
+    lit_gpt/gated_delta_net.py. β = σ(W_β x) and log α = -exp(A_log) softplus(W_α x + dt_bias), as in Mamba 2.
+    """
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        C, H, D = config.n_embd, config.n_head, config.head_dim
-        self.D, self.Dv, self.width = D, D * config.expand_v, config.conv_width
-        self.q, self.k = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
-        self.v, self.g = nn.Linear(C, H * self.Dv, bias=False), nn.Linear(C, H * self.Dv, bias=False)
-        self.beta, self.alpha = nn.Linear(C, H, bias=False), nn.Linear(C, H, bias=False)
-        channels = 2 * C + H * self.Dv                          # q, k and v share one depthwise convolution
-        self.conv = nn.Parameter(torch.empty(channels, 1, self.width).uniform_(-1, 1) * self.width ** -0.5)
+        C = config.n_embd
+        H = config.n_head
+        self.D = config.head_dim
+        self.Dv = self.D * config.expand_v
+        self.q = nn.Linear(C, C, bias=False)
+        self.k = nn.Linear(C, C, bias=False)
+        self.v = nn.Linear(C, H * self.Dv, bias=False)
+        self.output_gate = nn.Linear(C, H * self.Dv, bias=False)
+        self.beta = nn.Linear(C, H, bias=False)
+        self.alpha = nn.Linear(C, H, bias=False)
+
+        # q, k and v share one depthwise convolution: a filter a channel, without bias.
+        channels = 2 * C + H * self.Dv
+        self.conv = nn.Parameter(torch.empty(channels, 1, CONV_WIDTH).uniform_(-1, 1) * CONV_WIDTH ** -0.5)
+
+        # How fast S forgets: the rate A ~ U(0,16), and a time step dt, log-uniform from 0.001 to 0.1.
         self.A_log = nn.Parameter(torch.empty(H).uniform_(0, 16).log())
         dt = torch.exp(torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))                  # softplus(dt_bias) = dt
+
         self.norm_weight = nn.Parameter(torch.ones(self.Dv))
         self.out = nn.Linear(H * self.Dv, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
 
     def forward(self, x, state=None, ve=None):
-        C, T = x.size(2), x.size(1)
-        u = torch.cat([self.q(x), self.k(x), self.v(x)], -1)                            # (B,T,channels)
-        tail = u.new_zeros(u.size(0), self.width - 1, u.size(2)) if state is None else state.tail
-        u = torch.cat([tail, u], 1)
-        tail = u[:, T:]
-        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under torch.compile.
-        u = F.silu(sum(self.conv[:, 0, w].to(u.dtype) * u[:, w:w + T] for w in range(self.width)))
-        q, k, v = u.split([C, C, u.size(2) - 2 * C], -1)
+        tail, S = (None, None) if state is None else state
+        projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)                    # (B,T,channels)
+        convolved, tail = self.convolve(projected, tail)
+        C = x.size(2)
+        q, k, v = convolved.split([C, C, convolved.size(2) - 2 * C], -1)
+        q = q.unflatten(-1, (-1, self.D))                                               # (B,T,H,D)
+        k = k.unflatten(-1, (-1, self.D))
+        v = v.unflatten(-1, (-1, self.Dv))                                              # (B,T,H,Dv)
         if self.value_gate is not None:
-            v = join_heads(self.value_gate(split_heads(v, self.Dv), x, ve))
-        heads = lambda a, D: a.view(*a.shape[:2], -1, D)                                # (B,T,H,D)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        beta = torch.sigmoid(self.beta(x).to(dtype))
-        log_alpha = -self.A_log.exp() * F.softplus(self.alpha(x).to(dtype) + self.dt_bias)          # <= 0
+            v = self.value_gate(v.transpose(1, 2), x, ve).transpose(1, 2)
+
+        # The gates, in float32: how much a token overwrites, and log α <= 0, how much S keeps.
+        beta = torch.sigmoid(self.beta(x).to(at_least_float32(x)))                      # (B,T,H)
+        dt = F.softplus(self.alpha(x).to(at_least_float32(x)) + self.dt_bias)
+        log_alpha = -self.A_log.exp() * dt
         with full_precision(x):
-            o, S = gated_delta_rule(unit(heads(q, self.D)).to(v.dtype), unit(heads(k, self.D)).to(v.dtype), heads(v, self.Dv),
-                                    log_alpha, beta, None if state is None else state.S)
+            o, S = gated_delta_rule(unit(q).to(v.dtype), unit(k).to(v.dtype), v, log_alpha, beta, S)
+
+        # RMSNorm per head, then a gate per channel.
         o = F.rms_norm(o, (self.Dv,), self.norm_weight.to(o.dtype), eps=1e-6).flatten(2)
-        return self.out(o * F.silu(self.g(x))), DeltaNetState(tail, S)
+        return self.out(o * F.silu(self.output_gate(x))), DeltaNetState(tail, S)
+
+    def convolve(self, u, tail):
+        """A causal depthwise convolution and SiLU: u (B,T,channels) and the inputs before it -> the same, new tail."""
+        B, T, channels = u.shape
+        if tail is None:
+            tail = u.new_zeros(B, CONV_WIDTH - 1, channels)
+        u = torch.cat([tail, u], 1)
+        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under torch.compile.
+        y = 0
+        for w in range(CONV_WIDTH):
+            y = y + self.conv[:, 0, w].to(u.dtype) * u[:, w:w + T]
+        return F.silu(y), u[:, T:]
 
     def flops(self, T):
-        H, chunk = self.beta.out_features, min(64, T)
-        rule = H * (4 * chunk * self.D + 6 * chunk * self.Dv + 6 * self.D * self.Dv)    # the chunked form's
-        return rule + 2 * self.width * self.conv.size(0)
+        H = self.beta.out_features
+        chunk = min(64, T)                                      # of the chunked form in memories.py
+        rule = H * (4 * chunk * self.D + 6 * chunk * self.Dv + 6 * self.D * self.Dv)
+        convolution = 2 * CONV_WIDTH * self.conv.size(0)
+        return rule + convolution
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic: Memory Mosaics (Zhang et al. 2024)
 
-EXP_SPEEDUP = 10.0  # scales and leaks are stored divided by this, so that they learn ten times faster than their lr
-KEY_SCALE_MAX = 5.0
+EXP_SPEEDUP = 10.0      # scales and leaks are stored divided by this, so that they learn ten times faster than their lr
+KEY_SCALE_MAX = 5.0     # the largest logarithm of a key's length
 
 
 class MosaicKey(nn.Module):
-    """k_t = exp(min(power·σ, cap)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head."""
+    """k_t = exp(min(power·σ, cap)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head.
+
+    Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics, Library/memory_mosaics/models/
+    memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ there has no effect, since keys are normalised.
+    """
     def __init__(self, config: Config, power: float):
         super().__init__()
-        self.D, self.power = config.head_dim, power
-        self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.D = config.head_dim
+        self.power = power
+        self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b
         self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ
 
+    def slow(self, x):
+        """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
+        decay, size = self.decay(), self.size()
+        k_bar = 0
+        keys = []
+        for new in split_heads(self.phi(x), self.D).unbind(2):                          # W_φ x_t  (B,H,D)
+            k_bar = new + decay[:, None] * k_bar
+            keys.append(size[:, None] * k_bar / k_bar.norm(dim=-1, keepdim=True))
+        return torch.stack(keys, 2)
+
+    def decay(self):
+        """λ (H,), the share of the average that a token keeps."""
+        return torch.exp(-EXP_SPEEDUP * self.leak.abs())
+
+    def size(self):
+        """The keys' length (H,): the longer they are, the more the nearest key outweighs the others."""
+        return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
+
     def forward(self, x, k_bar):
         """x (B,T,C), k_bar (B,H,D) or None -> keys (B,H,T,D), the new k_bar."""
-        raw = self.phi(x)
+        new = self.phi(x).unflatten(-1, (-1, self.D))                                   # (B,T,H,D)
         with full_precision(x):
-            decay = torch.exp(-EXP_SPEEDUP * self.leak.abs())
-            raw, k_bar = leaky_average(raw.view(*x.shape[:2], -1, self.D), decay, k_bar)
-            size = (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
-            return (size[:, None, None] * unit(raw.transpose(1, 2))).to(raw.dtype), k_bar
+            averages, k_bar = leaky_average(new, self.decay(), k_bar)
+            keys = self.size()[:, None, None] * unit(averages.transpose(1, 2))
+            return keys.to(averages.dtype), k_bar
 
 
 class ContextState(NamedTuple):
+    """All keys and values, and what the next ones are made of."""
     k_bar: Tensor  # (B,H,D)     the leaky average
     k: Tensor      # (B,H,t,D)   all keys
     v: Tensor      # (B,H,t-1,D) all values but the last, which waits for the next token
@@ -604,35 +899,72 @@ class ContextState(NamedTuple):
 
 
 class ContextualMemory(nn.Module):
-    """y_t = Σ_{i<t} softmax_i(k_t·k_i) v_i. The value v_i peeks at token i+1, so the sum stops before t, and y_0 = 0.
-    Strictly causal attention is ordinary causal attention of k[1:] on k[:-1]: it runs on the flash kernel."""
+    """y_t = Σ_{i<t} softmax_i(k_t·k_i) v_i,   v_i = exp(τ) v̄_i/‖v̄_i‖,   v̄_i = a u_i + (1-a) u_{i+1},   u = W_ψ x.
+
+    Keys (`MosaicKey`) are their own queries. The value v_i peeks at token i+1, so the sum stops before t, and y_0 = 0.
+    Strictly causal attention is ordinary causal attention of k[1:] on k[:-1]: it runs on the flash kernel.
+    """
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        H, self.D, self.dropout = config.n_head, config.head_dim, config.dropout
+        C = config.n_embd
+        H = config.n_head
+        self.D = config.head_dim
+        self.dropout = config.dropout
         self.key = MosaicKey(config, power=1)
-        self.psi = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.psi = nn.Linear(C, C, bias=False)                                          # W_ψ
         self.mix = nn.Parameter(torch.rand(H))                                          # a
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
 
+    def slow(self, x):
+        """The layer on a whole sequence, token by token."""
+        k = self.key.slow(x)                                                            # (B,H,T,D)
+        u = split_heads(self.psi(x), self.D)
+        a = self.mix[:, None, None]
+        size = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None]
+        ys = [torch.zeros_like(u[:, :, 0])]                                             # nothing stands before token 0
+        for t in range(1, x.size(1)):
+            # the values before t: each has seen the token after its own
+            v_bar = a * u[:, :, :t] + (1 - a) * u[:, :, 1:t + 1]
+            v = size * v_bar / v_bar.norm(dim=-1, keepdim=True)
+            # the key of t asks the keys before t
+            score = k[:, :, :t] @ k[:, :, t, :, None]                                   # (B,H,t,1)
+            ys.append((score.softmax(2) * v).sum(2))
+        return self.out(join_heads(torch.stack(ys, 2)))
+
     def forward(self, x, state=None, ve=None):
-        k_bar, past_k, past_v, past_u = state or (None, None, None, None)
+        k_bar, past_k, past_v, past_u = (None, None, None, None) if state is None else state
         k, k_bar = self.key(x, k_bar)
         u = split_heads(self.psi(x), self.D)
         if self.value_gate is not None:
             u = self.value_gate(u, x, ve)
+
+        # Every token but the newest has its successor, and so its value.
+        halves = extend(past_u, u)
         with full_precision(x):
-            a, size = self.mix[:, None, None], (EXP_SPEEDUP * self.scale).exp()[:, None, None]
-            both = extend(past_u, u)
-            v = (size * unit(a * both[:, :, :-1] + (1 - a) * both[:, :, 1:])).to(u.dtype)           # v_i for i < t
-        K, V = extend(past_k, k), extend(past_v, v)
-        queries = k if state is not None else k[:, :, 1:]                               # nothing stands before token 0
+            a = self.mix[:, None, None]
+            size = (EXP_SPEEDUP * self.scale).exp()[:, None, None]
+            v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])         # v_i for i < t
+        keys = extend(past_k, k)
+        values = extend(past_v, v.to(u.dtype))
+
+        # Each key asks those before it. Nothing stands before token 0, where y is 0.
+        queries = k[:, :, 1:] if state is None else k
         dropout = self.dropout if self.training else 0.0
-        y = attend(queries, K[:, :, :-1], V, scale=1.0, dropout=dropout) if queries.size(2) else queries
+        y = queries
+        if queries.size(2) > 0:
+            y = attend(queries, keys[:, :, :-1], values, scale=1.0, dropout=dropout)
         if state is None:
-            y = F.pad(y, (0, 0, 1, 0))                                                  # y_0 = 0
-        return self.out(join_heads(y)), ContextState(k_bar, K, V, u[:, :, -1:])
+            y = F.pad(y, (0, 0, 1, 0))
+        return self.out(join_heads(y)), ContextState(k_bar, keys, values, u[:, :, -1:])
+
+    def weights(self, x, state, ve=None):
+        """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing on the own token."""
+        k, _ = self.key(x, state.k_bar)
+        keys = extend(state.k, k)[:, :, :-1].double()
+        weights = attend(k.double(), keys, one_hot_values(keys), scale=1.0)
+        return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
         return attention_flops(T, None, self.psi.in_features)
@@ -643,20 +975,34 @@ class PersistentMemory(nn.Module):
     average of its keys."""
     def __init__(self, config: Config):
         super().__init__()
-        C, H, self.D, self.dropout = config.n_embd, config.n_head, config.head_dim, config.dropout
+        C = config.n_embd
+        H = config.n_head
+        self.D = config.head_dim
+        self.dropout = config.dropout
         # An attention block has 2C(C + Hkv·D) + 8C² weights; a mosaic block 5C² + 2·N·C.
         N = config.mosaic_slots or (5 * C + 2 * config.n_kv_head * self.D) // 2
         self.key = MosaicKey(config, power=2)
-        self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)                     # a row is one slot of every head
+        self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)                     # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ
         self.out = nn.Linear(C, C, bias=False)
 
+    def slow(self, x):
+        """The layer on a whole sequence, with the matrix of weights."""
+        k = self.key.slow(x)                                                            # (B,H,T,D)
+        P_k = split_heads(self.P_k[None], self.D)                                       # (1,H,N,D)
+        P_v = split_heads(self.P_v[None], self.D)
+        y = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None] * (k @ P_k.mT).softmax(-1) @ P_v
+        return self.out(join_heads(y))
+
     def forward(self, x, state=None):
         k, k_bar = self.key(x, state)
-        P_k, P_v = (split_heads(P[None].to(k.dtype), self.D).expand(x.size(0), -1, -1, -1) for P in (self.P_k, self.P_v))
-        y = F.scaled_dot_product_attention(k, P_k, P_v, scale=1.0, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(join_heads((EXP_SPEEDUP * self.scale).exp()[:, None, None].to(y.dtype) * y)), k_bar
+        P_k = split_heads(self.P_k.to(k.dtype).expand(x.size(0), -1, -1), self.D)       # (B,H,N,D)
+        P_v = split_heads(self.P_v.to(k.dtype).expand(x.size(0), -1, -1), self.D)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(k, P_k, P_v, scale=1.0, dropout_p=dropout)
+        size = (EXP_SPEEDUP * self.scale).exp()[:, None, None].to(y.dtype)
+        return self.out(join_heads(size * y)), k_bar
 
     def flops(self, T):
         return 4 * self.P_k.numel()
@@ -666,83 +1012,110 @@ class PersistentMemory(nn.Module):
 # The transformer around them
 
 class MLP(nn.Module):
+    """C -> 4C -> C with ReLU² (nanochat) or GELU (GPT-2). It remembers nothing."""
     def __init__(self, config: Config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.relu2 = config.activation == "relu2"
+        self.is_relu2 = config.activation == "relu2"
 
     def forward(self, x, state=None):
         h = self.up(x)
-        return self.out(F.relu(h).square() if self.relu2 else F.gelu(h)), None
+        h = F.relu(h).square() if self.is_relu2 else F.gelu(h)
+        return self.out(h), None
 
     def flops(self, T):
         return 0
 
 
 class BlockState(NamedTuple):
+    """The states of a block's two halves."""
     mixer: tuple
     feedforward: Tensor | None
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int, mixer: type, feedforward: type):
+    """Pre-norm residual block: x + mixer(norm(x)), then x + feedforward(norm(x))."""
+    def __init__(self, config: Config, mixer: nn.Module, feedforward: nn.Module):
         super().__init__()
-        self.norm1, self.mixer = Norm(config), mixer(config, layer)
-        self.norm2, self.feedforward = Norm(config), feedforward(config)
+        self.norm1 = Norm(config)
+        self.mixer = mixer
+        self.norm2 = Norm(config)
+        self.feedforward = feedforward
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
-        mixer, feedforward = state or (None, None)
-        y, mixer = self.mixer(self.norm1(x), mixer, ve)
+        mixer_state, feedforward_state = (None, None) if state is None else state
+        y, mixer_state = self.mixer(self.norm1(x), mixer_state, ve)
         x = x + self.dropout(y)
-        y, feedforward = self.feedforward(self.norm2(x), feedforward)
-        return x + self.dropout(y), BlockState(mixer, feedforward)
+        y, feedforward_state = self.feedforward(self.norm2(x), feedforward_state)
+        x = x + self.dropout(y)
+        return x, BlockState(mixer_state, feedforward_state)
 
 
 class StackState(NamedTuple):
+    """Tokens seen, and what each block remembers."""
     pos: Tensor
     blocks: tuple  # one BlockState a layer
 
 
 class Stack(nn.Module):
     """Positions, blocks, final norm: x (B,T,C) embedded tokens -> y (B,T,C) ready for the output projection.
-    ve (B,T,n,Hkv·D) holds the value embeddings of the n layers that have them."""
-    def __init__(self, config: Config):
+
+    ve (B,T,n,Hkv·D) holds the value embeddings of the n layers that have them. The first n_free tokens stay visible in
+    every attention layer, whatever its window.
+    """
+    def __init__(self, config: Config, n_free: int = 0):
         super().__init__()
         memory = MEMORIES[config.memory]
-        fill = [memory[:2] if config.carries_memory(i) else (Attention, MLP) for i in range(config.n_layer)]
-        self.blocks = nn.ModuleList(Block(config, i, *classes) for i, classes in enumerate(fill))
-        self.slots = [config.value_embed_slot(i) for i in range(config.n_layer)]
+        chosen = layers_with_memory(config)
+        attention = partial(Attention, n_free=n_free)
+        self.blocks = nn.ModuleList()
+        for layer in range(config.n_layer):
+            mixer = attention
+            feedforward = MLP
+            if layer in chosen and memory.mixer is not Attention:
+                mixer = memory.mixer
+            if layer in chosen:
+                feedforward = memory.feedforward
+            self.blocks.append(Block(config, mixer(config, layer), feedforward(config)))
+        self.value_embed_index = [config.value_embed_index(layer) for layer in range(config.n_layer)]
         self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.embed_norm = Norm(config) if config.norm == "rms" else nn.Identity()
         self.final_norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
-        pos, states = state or (0, [None] * len(self.blocks))
-        T, pos = x.size(1), int(pos)
+        pos, block_states = (0, [None] * len(self.blocks)) if state is None else state
+        end = int(pos) + x.size(1)
         if self.wpe is not None:
-            if pos + T > self.wpe.num_embeddings:
-                raise ValueError(f"{pos + T} tokens were given to a model with {self.wpe.num_embeddings} learned "
+            if end > self.wpe.num_embeddings:
+                raise ValueError(f"{end} tokens were given to a model with {self.wpe.num_embeddings} learned "
                                  "positions; shorten the text, or train with --pos=rope")
-            x = x + self.wpe(torch.arange(pos, pos + T, device=x.device))
+            x = x + self.wpe(torch.arange(int(pos), end, device=x.device))
         x = self.dropout(self.embed_norm(x))
-        new = []
-        for block, s, slot in zip(self.blocks, states, self.slots):
-            x, s = block(x, s, None if slot is None else ve[:, :, slot])
-            new.append(s)
-        return self.final_norm(x), StackState(torch.tensor(pos + T), tuple(new))
+        new_states = []
+        for block, block_state, index in zip(self.blocks, block_states, self.value_embed_index):
+            block_ve = None if index is None else ve[:, :, index]
+            x, block_state = block(x, block_state, block_ve)
+            new_states.append(block_state)
+        return self.final_norm(x), StackState(torch.tensor(end), tuple(new_states))
 
     def flops(self, T):
-        weights = sum(2 * p.weight.numel() for p in self.modules() if isinstance(p, nn.Linear))
-        return weights + sum(b.mixer.flops(T) + b.feedforward.flops(T) for b in self.blocks)
+        total = 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                total += 2 * module.weight.numel()
+        for block in self.blocks:
+            total += block.mixer.flops(T) + block.feedforward.flops(T)
+        return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # rmt: Recurrent Memory Transformer (Bulatov et al. 2022)
 
 class RMTState(NamedTuple):
+    """The memory, and how far the stack has come in the running segment."""
     memory: Tensor                # (B,M,C) what the running segment read
     segment: StackState | None    # the stack over [read memory; the segment's tokens so far]
     pos: Tensor                   # () tokens of the running segment seen, 0..S
@@ -750,75 +1123,129 @@ class RMTState(NamedTuple):
 
 class RMT(nn.Module):
     """Runs the stack on [read memory (M); segment (S); write memory (M)], segment after segment; the outputs at the
-    write positions are the next segment's read memory.
+    write positions are the next segment's read memory. `slow` is this sentence.
 
     The memory is written at the end because a causal model's earlier positions never see the segment. Write positions
     start from the read memory, as in the paper: what is not overwritten carries over, and no weights are added. The
-    write tokens run only once a token of the next segment is there to read them. Positions restart in each segment and
-    windowed layers keep seeing the read memory (sink_tokens).
+    write tokens run only once a token of the next segment is there to read them. Positions restart in each segment, and
+    windowed layers keep seeing the read memory (the stack's free tokens).
 
-    Each segment's loss reaches rmt_bptt boundaries back. Where that is fewer than a row has, segments are run once per
-    depth: run d reads a memory whose gradient crosses d boundaries. So truncation costs rmt_bptt + 1 runs of the stack,
-    and a row with no more boundaries than rmt_bptt costs one.
+    Bulatov et al. 2022, section 3; https://github.com/booydar/recurrent-memory-transformer.
     """
     def __init__(self, config: Config):
         super().__init__()
-        self.M, self.S = config.rmt_tokens, config.rmt_segment or config.max_seq_len // 4
+        self.M = config.rmt_tokens
+        self.S = config.segment_length
         self.bptt = config.rmt_bptt
-        if self.S < 1 or config.max_seq_len % self.S:
-            raise ValueError(f"max_seq_len={config.max_seq_len} is not a multiple of rmt_segment={self.S}; change either")
-        if config.sink_tokens:
-            raise ValueError(f"sink_tokens={config.sink_tokens} was given, but rmt uses the sinks for its read memory; leave it 0")
-        self.stack = Stack(replace(config, max_seq_len=self.S + 2 * self.M, short_window=config.local_window,
-                                   sink_tokens=self.M))
-        self.memory = nn.Embedding(self.M, config.n_embd)       # what the first segment reads
+        # What the stack reads is one segment with its memory, whatever the model's rows are; its windows are the model's.
+        length = self.S + 2 * self.M
+        inner = replace(config, max_seq_len=length, rmt_segment=length, short_window=config.local_window)
+        self.stack = Stack(inner, n_free=self.M)
+        self.memory_tokens = nn.Embedding(self.M, config.n_embd)    # what the first segment reads
+
+    def slow(self, x):
+        """A whole sequence without truncated gradients: read, segment, write."""
+        memory = self.memory_tokens.weight.to(x.dtype).expand(x.size(0), -1, -1)
+        ys = []
+        for segment in x.split(self.S, 1):
+            n = segment.size(1)
+            y, _ = self.stack(torch.cat([memory, segment, memory], 1))
+            ys.append(y[:, self.M:self.M + n])
+            memory = y[:, self.M + n:]                              # the outputs at the write positions
+        return torch.cat(ys, 1)
 
     def forward(self, x, state=None, ve=None):
-        start = self.memory.weight.to(x.dtype).expand(x.size(0), -1, -1)
-        memory, segment, p = state or (start, None, 0)
-        p = int(p)
-        boundaries = (p + x.size(1) - 1) // self.S              # that this call crosses
-        copies = [(memory, segment)]                            # one a gradient depth, the deepest last
-        ys = []
-        while x.size(1):
-            n = min(self.S - p, x.size(1))
-            piece, x = x[:, :n], x[:, n:]
-            piece_ve, ve = (None, None) if ve is None else (ve[:, :n], ve[:, n:])
-            p += n
-            close = p == self.S and x.size(1) > 0
-            copies = [self.run(piece, piece_ve, memory, segment, close) for memory, segment in copies]
-            ys.append(copies[-1][0])
-            if close:
-                p, written = 0, [(memory, None) for _, memory, _ in copies]
-                if self.bptt < boundaries and torch.is_grad_enabled():
-                    written = [(written[0][0].detach(), None), *written][:self.bptt + 1]
-                copies = written
-            else:
-                copies = [(memory, segment) for _, memory, segment in copies]
-        return torch.cat(ys, 1), RMTState(*copies[-1], torch.tensor(p))
+        B, T, _ = x.shape
+        if state is None:
+            memory = self.memory_tokens.weight.to(x.dtype).expand(B, -1, -1)
+            segment, seen = None, 0
+        else:
+            memory, segment, seen = state
 
-    def run(self, piece, ve, memory, segment, close):
-        """The stack over [memory if the segment begins here; piece; memory if it ends here] -> outputs at the piece, the
-        memory (rewritten if it ends), the stack's state."""
-        before, after = self.M * (segment is None), self.M * close
-        if segment is not None and piece.size(1) + after == 0:  # a complete segment of a model without memory
-            return piece, memory, segment
-        x = torch.cat([memory[:, :before], piece, memory[:, :after]], 1)
-        ve = None if ve is None else F.pad(ve, (0, 0, 0, 0, before, after))             # memory has no token ids
-        y, segment = self.stack(x, segment, ve)
-        if close:
-            memory = y[:, y.size(1) - self.M:]
-        return y[:, before:before + piece.size(1)], memory, segment
+        # Cut where segments end. A segment that was complete before this call leaves an empty first piece.
+        bounds = [0, *range(self.S - int(seen), T, self.S), T]
+        sizes = [end - begin for begin, end in zip(bounds, bounds[1:])]
+        pieces = x.split(sizes, 1)
+        ve_pieces = [None] * len(sizes) if ve is None else ve.split(sizes, 1)
+
+        boundaries = len(pieces) - 1
+        truncates = torch.is_grad_enabled() and self.bptt < boundaries
+        read = self.read_truncated if truncates else self.read
+        y, memory, segment = read(pieces, ve_pieces, memory, segment)
+        seen = sizes[-1] if boundaries > 0 else int(seen) + T
+        return y, RMTState(memory, segment, torch.tensor(seen))
+
+    def read(self, pieces, ve_pieces, memory, segment):
+        """The recurrence: every piece but the last completes its segment, and writes the memory that the next reads."""
+        ys = []
+        for piece, ve in zip(pieces[:-1], ve_pieces):
+            y, memory = self.read_and_write(piece, ve, memory, segment)
+            segment = None
+            ys.append(y)
+        y, segment = self.read_piece(pieces[-1], ve_pieces[-1], memory, segment)
+        ys.append(y)
+        return torch.cat(ys, 1), memory, segment
+
+    def read_piece(self, piece, ve, memory, segment):
+        """[read memory, if the segment begins here; piece] -> the outputs at the piece, the stack's new state."""
+        read = memory[:, :0] if segment is not None else memory
+        y, segment = self.stack(torch.cat([read, piece], 1), segment, self.pad(ve, read.size(1), 0))
+        return y[:, read.size(1):], segment
+
+    def read_and_write(self, piece, ve, memory, segment):
+        """The same with the write positions behind it -> the outputs at the piece, the next segment's memory."""
+        n = piece.size(1)
+        read = memory[:, :0] if segment is not None else memory
+        x = torch.cat([read, piece, memory], 1)
+        if x.size(1) == 0:                      # a segment that was complete already, in a model without memory tokens
+            return piece, memory
+        y, _ = self.stack(x, segment, self.pad(ve, read.size(1), self.M))
+        y = y[:, read.size(1):]
+        return y[:, :n], y[:, n:]
+
+    def pad(self, ve, before, after):
+        """Value embeddings come from token ids; memory tokens have none."""
+        return None if ve is None else F.pad(ve, (0, 0, 0, 0, before, after))
+
+    def read_truncated(self, pieces, ve_pieces, memory, segment):
+        """`read`, when each segment's loss shall reach only rmt_bptt boundaries back.
+
+        Segments are run once for each depth: run d reads a memory whose gradient crosses d boundaries, and the deepest
+        run gives the outputs. So truncation costs rmt_bptt + 1 runs of the stack.
+        """
+        runs = [(memory, segment)]              # one a depth, the deepest last
+        ys = []
+        for piece, ve in zip(pieces[:-1], ve_pieces):
+            outputs = [self.read_and_write(piece, ve, memory, segment) for memory, segment in runs]
+            ys.append(outputs[-1][0])
+            # What was depth d is depth d + 1 behind the boundary. Depth 0 is the same memory without its gradient, and
+            # what would be deeper than rmt_bptt is dropped.
+            written = [memory for _, memory in outputs]
+            by_depth = [written[0].detach(), *written][:self.bptt + 1]
+            runs = [(memory, None) for memory in by_depth]
+        memory, segment = runs[-1]
+        y, segment = self.read_piece(pieces[-1], ve_pieces[-1], memory, segment)
+        ys.append(y)
+        return torch.cat(ys, 1), memory, segment
 
     def flops(self, T):
         return self.stack.flops(self.S + 2 * self.M) * (self.S + 2 * self.M) / self.S
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table of memories, and the model
+# The table of memories, and what cannot be built
 
 class Memory(NamedTuple):
-    """What a memory puts into the backbone: in place of attention, in place of the MLP, around the blocks."""
+    """What a memory puts into the backbone: in place of attention, in place of the MLP, around the blocks.
+
+        mixer(config, layer)    module(x, state, ve) -> y, state     x, y (B,T,C); ve (B,T,Hkv·D) or None
+        feedforward(config)     module(x, state) -> y, state
+        stack(config)           module(x, state, ve) -> y, state     ve (B,T,n,Hkv·D) or None
+
+    Each has flops(T): the forward FLOPs a token, averaged over a row of T tokens, of everything but its nn.Linear
+    modules, which the stack counts. A stack's flops(T) are all of its FLOPs. A linear layer that adds to the residual
+    stream is called `out`, so that GPT.init_weights finds it.
+    """
     mixer: type = Attention
     feedforward: type = MLP
     stack: type = Stack
@@ -835,21 +1262,93 @@ MEMORIES = {
 }
 
 
+def layers_with_memory(config: Config) -> set[int]:
+    """The layers that config.memory_layers names: there the memory takes the place of attention (and of the MLP)."""
+    text = config.memory_layers
+    everywhere = set(range(config.n_layer))
+    if text == "all":
+        return everywhere
+    if MEMORIES[config.memory].mixer is Attention:
+        raise ValueError(f"memory_layers={text!r} has no effect with memory={config.memory!r}; leave it at all")
+    if text == "middle":
+        return {config.n_layer // 2}
+    try:
+        chosen = {int(index) for index in text.split("+")}
+    except ValueError:
+        raise ValueError(f"memory_layers={text!r} was given, expected all, middle, or indexes such as 6 or 1+3+5") from None
+    if not chosen <= everywhere:
+        raise ValueError(f"memory_layers={text!r} is out of range; the layers are 0 to {config.n_layer - 1}")
+    return chosen
+
+
+def check_architecture(config: Config) -> None:
+    """Raises ValueError for a combination of settings that cannot be built."""
+    if config.memory not in MEMORIES:
+        raise ValueError(f"memory={config.memory!r} is not known; choose one of {', '.join(MEMORIES)}")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; make it a multiple")
+    if config.n_head % config.n_kv_head:
+        raise ValueError(f"n_head={config.n_head} is not a multiple of n_kv_head={config.n_kv_head}; change either")
+    if not config.window or set(config.window) - set("SL"):
+        raise ValueError(f"window={config.window!r} was given, expected a pattern of the letters S and L such as SSSL")
+    layers_with_memory(config)          # raises if memory_layers cannot be read
+
+    # Rotations turn pairs of channels.
+    if config.pos == "rope" and config.head_dim % 2:
+        raise ValueError(f"rope needs an even head size, but n_embd/n_head = {config.head_dim}; change either")
+    if config.memory == "ttt" and config.head_dim % 2:
+        raise ValueError(f"ttt rotates its keys and needs an even head size, but n_embd/n_head = {config.head_dim}")
+
+    if config.memory == "knn" and config.knn_capacity < config.store_block:
+        raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
+                         "at once; raise it")
+    if config.memory == "rmt":
+        S = config.segment_length
+        if S < 1 or config.max_seq_len % S:
+            raise ValueError(f"max_seq_len={config.max_seq_len} is not a multiple of rmt_segment={S}; change either")
+
+
+def unused_options(config: Config) -> list[str]:
+    """The settings that differ from their defaults but belong to another memory, so that they change nothing here.
+
+    A setting of the group "memory" belongs to the memory named before its first underscore.
+    """
+    for_all = ("memory", "memory_layers")
+    unused = []
+    for f in fields(Config):
+        if f.metadata["group"] != "memory" or f.name in for_all:
+            continue
+        owner = "deltanet" if f.name == "expand_v" else f.name.split("_")[0]
+        if owner != config.memory and getattr(config, f.name) != f.default:
+            unused.append(f.name)
+    return unused
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
 def state_bytes(state) -> int:
     """Bytes of all tensors in a state: what a sequence costs to keep."""
     if state is None:
         return 0
-    return state.numel() * state.element_size() if isinstance(state, Tensor) else sum(map(state_bytes, state))
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(state_bytes(part) for part in state)
 
 
 class GPT(nn.Module):
+    """Token embeddings, the body (a stack of blocks, and what a memory wraps around it), and the output projection."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        V, C = config.vocab_size, config.n_embd
+        V = config.vocab_size
+        C = config.n_embd
         self.wte = nn.Embedding(V, C)
-        self.n_ve = sum(config.value_embed_slot(i) is not None for i in range(config.n_layer))
-        self.value_embeds = nn.Embedding(V, self.n_ve * config.n_kv_head * config.head_dim) if self.n_ve else None
+        indexes = [config.value_embed_index(layer) for layer in range(config.n_layer)]
+        self.n_ve = config.n_layer - indexes.count(None)
+        self.value_embeds = None
+        if self.n_ve > 0:
+            self.value_embeds = nn.Embedding(V, self.n_ve * config.n_kv_head * config.head_dim)
         self.body = MEMORIES[config.memory].stack(config)
         self.lm_head = nn.Linear(C, V, bias=False)
         self.init_weights()
@@ -873,22 +1372,31 @@ class GPT(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The blocks' matrices, of every mechanism alike: Muon's share. Embeddings, memory tokens, output projection,
         vectors and convolutions are AdamW's."""
-        return [p for m in self.modules() if isinstance(m, Block) for p in m.parameters() if p.ndim == 2]
+        matrices = []
+        for module in self.modules():
+            if isinstance(module, Block):
+                matrices += [p for p in module.parameters() if p.ndim == 2]
+        return matrices
 
     def stream(self, idx: Tensor, state=None) -> tuple[Tensor, tuple]:
         """idx (B,T) int64 continues the sequence that `state` remembers -> logits (B,T,V), the new state."""
         x = self.wte(idx)                                       # (B,T,C)
-        ve = self.value_embeds(idx).unflatten(-1, (self.n_ve, -1)) if self.n_ve else None
+        ve = None
+        if self.value_embeds is not None:
+            ve = self.value_embeds(idx).unflatten(-1, (self.n_ve, -1))                  # (B,T,n,Hkv·D)
         x, state = self.body(x, state, ve)
         logits = self.lm_head(x)                                # (B,T,V)
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits.to(torch.promote_types(x.dtype, torch.float32)) / self.config.softcap)
+        cap = self.config.softcap
+        if cap > 0:
+            logits = cap * torch.tanh(logits.to(at_least_float32(x)) / cap)
         return logits, state
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B,T,V); with targets (B,T) the mean cross-entropy in nats over targets other than -1."""
         logits, _ = self.stream(idx)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -896,20 +1404,22 @@ class GPT(nn.Module):
         """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0 takes the likeliest."""
         if idx.size(1) == 0:
             raise ValueError("generate was given no tokens to continue; start from the end-of-text token")
-        training = self.training
+        was_training = self.training
         self.eval()
-        state, new = None, idx
+        state = None
+        new = idx
         for _ in range(max_new_tokens):
             logits, state = self.stream(new, state)
-            logits = logits[:, -1].float()
+            logits = logits[:, -1].float()                      # (B,V) of the token to come
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
-                    logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], float("-inf"))
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], 1)
-        self.train(training)
+        self.train(was_training)
         return idx
 
     def flops_per_token(self, seq_len: int) -> float:

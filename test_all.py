@@ -302,7 +302,7 @@ T = 80
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, max_seq_len=T, short_window=8, knn_capacity=16, knn_topk=4, ttt_chunk=8,
              rmt_segment=20, rmt_tokens=3, persistent_slots=3, dropout=0.0)
 VARIANTS = {name: {k: v for k, v in preset.items() if k not in SMALL} for name, preset in PRESETS.items()}
-VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True, sink_tokens=2), "hybrid": dict(n_layer=3, memory_layers="1"),
+VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True), "hybrid": dict(n_layer=3, memory_layers="1"),
              "lru": dict(knn_evict="lru"), "wide": dict(expand_v=2, value_embeds=True)}
 CUTS = (1, 7, 8, 9, 19, 20, 21, 63, 64, 65, T - 1)  # around windows and mini-batches (8), segments (20), delta chunks (64)
 
@@ -311,10 +311,17 @@ def small(memory, variant="laptop", **changes):
     options = SMALL | VARIANTS[variant] | changes
     if MEMORIES[memory].mixer is model.Attention:
         options.pop("memory_layers", None)
-    if memory == "rmt":
-        options.pop("sink_tokens", None)
     torch.manual_seed(0)
     return GPT(Config(memory=memory, **options)).double().eval()
+
+
+def small_layer(memory, **changes):
+    """The mixer of a model of one layer."""
+    return small(memory, n_layer=1, **changes).body.blocks[0].mixer
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(seed=0, rows=2, length=T):
@@ -327,6 +334,20 @@ def changed(idx, t):
     return idx
 
 
+def token_by_token(net, idx):
+    state, steps = None, []
+    for t in range(idx.size(1)):
+        logits, state = net.stream(idx[:, t:t + 1], state)
+        steps.append(logits)
+    return torch.cat(steps, 1)
+
+
+def tensors(state):
+    if state is None or isinstance(state, torch.Tensor):
+        return [] if state is None else [state]
+    return [x for part in state for x in tensors(part)]
+
+
 @each(variant=VARIANTS, memory=MEMORIES)
 @torch.no_grad()
 def test_split_and_causality(variant, memory):
@@ -336,24 +357,17 @@ def test_split_and_causality(variant, memory):
         first, state = net.stream(idx[:, :t])
         second, _ = net.stream(idx[:, t:], state)
         assert error(torch.cat([first, second], 1), full) < 1e-10, f"cut at {t}"
-    state, steps = None, []
-    for t in range(T):
-        logits, state = net.stream(idx[:, t:t + 1], state)
-        steps.append(logits)
-    assert error(torch.cat(steps, 1), full) < 1e-10, "token by token"
+    assert error(token_by_token(net, idx), full) < 1e-10, "token by token"
     for t in (1, 20, 50, T - 1):
-        assert torch.equal(net(changed(idx, t))[:, :t], full[:, :t]) or error(net(changed(idx, t))[:, :t], full[:, :t]) < 1e-14, t
+        before = net(changed(idx, t))[:, :t]
+        assert torch.equal(before, full[:, :t]) or error(before, full[:, :t]) < 1e-14, t
 
 
 @each(seed=range(4))
 @torch.no_grad()
 def test_knn_lru_forgets_the_same_however_equal_keys_are_read(seed):
     net, idx = small("knn", "lru"), tokens(seed) % 7  # seven tokens: in the first layer most keys are exactly equal
-    full, state, steps = net.stream(idx)[0], None, []
-    for t in range(T):
-        logits, state = net.stream(idx[:, t:t + 1], state)
-        steps.append(logits)
-    assert error(torch.cat(steps, 1), full) < 1e-10
+    assert error(token_by_token(net, idx), net(idx)) < 1e-10
 
 
 @each(memory=list(MEMORIES), layers=[1, 2])
@@ -362,24 +376,21 @@ def test_influence(memory, layers):
     """An early token reaches the last one, far outside every window and segment, in one call and through a state."""
     net, idx = small(memory, n_layer=layers, knn_capacity=128, knn_topk=128), tokens()
     for t in (0, 30):
-        a, b = net(idx)[:, -1], net(changed(idx, t))[:, -1]
-        assert error(b, a) > 1e-9, f"token {t} is forgotten"
-        _, state_a = net.stream(idx[:, :41])
-        _, state_b = net.stream(changed(idx, t)[:, :41])
-        assert error(net.stream(idx[:, 41:], state_b)[0][:, -1], net.stream(idx[:, 41:], state_a)[0][:, -1]) > 1e-9
+        other = changed(idx, t)
+        assert error(net(other)[:, -1], net(idx)[:, -1]) > 1e-9, f"token {t} is forgotten"
+        last, last_other = (net.stream(idx[:, 41:], net.stream(x[:, :41])[1])[0][:, -1] for x in (idx, other))
+        assert error(last_other, last) > 1e-9
 
 
 @torch.no_grad()
 def test_influence_fails_without_memory():
     """The fair baselines forget: segments without memory tokens, and windows without a store."""
+    local = small("none", n_layer=2)
+    local.body.blocks[1].mixer.window = 8
+    few = small("knn", n_layer=1, knn_capacity=16)              # 8 in the window, at most 16 in the store
     idx = tokens()
-    net = small("rmt", rmt_tokens=0)
-    assert torch.equal(net(idx)[:, 20:], net(changed(idx, 19))[:, 20:])
-    net = small("knn", n_layer=1, knn_capacity=16)              # 8 in the window, at most 16 in the store
-    assert torch.equal(net(idx)[:, 30:], net(changed(idx, 0))[:, 30:])
-    net = small("none", n_layer=2)
-    net.body.blocks[1].mixer.window = 8
-    assert torch.equal(net(idx)[:, 16:], net(changed(idx, 0))[:, 16:])
+    for net, t, reach in ((small("rmt", rmt_tokens=0), 19, 20), (few, 0, 30), (local, 0, 16)):
+        assert torch.equal(net(idx)[:, reach:], net(changed(idx, t))[:, reach:])
 
 
 @each(memory=MEMORIES)
@@ -388,30 +399,21 @@ def test_purity(memory):
     net, idx = small(memory, "d12"), tokens()
     before = idx.clone()
     _, state = net.stream(idx[:, :33])
-    flat = lambda s: [] if s is None else [s] if isinstance(s, torch.Tensor) else [x for part in s for x in flat(part)]
-    copy = [x.clone() for x in flat(state)]
+    copy = [x.clone() for x in tensors(state)]
     first = net.stream(idx[:, 33:], state)[0]
     assert torch.equal(first, net.stream(idx[:, 33:], state)[0])
-    assert torch.equal(idx, before) and all(map(torch.equal, flat(state), copy)) and len(copy) > 0
+    assert torch.equal(idx, before) and all(map(torch.equal, tensors(state), copy)) and len(copy) > 0
 
 
-@each(memory=["rmt", "ttt", "deltanet", "knn"])
+@each(memory=["none", "persistent", "rmt", "ttt", "deltanet", "knn"])
 @torch.no_grad()
 def test_bounded_state(memory):
     net, idx = small(memory, pos="rope"), tokens(length=4 * T)
-    sizes = [state_bytes(net.stream(idx[:, :t])[1]) for t in (2 * T, 3 * T, 4 * T)]
-    assert len(set(sizes)) == 1 and sizes[0] > 0, sizes
-
-
-@torch.no_grad()
-def test_bounded_state_of_windows():
-    for memory in ("none", "persistent"):
-        net = small(memory)
-        for block in net.body.blocks:
-            block.mixer.window = 8
-        assert len({state_bytes(net.stream(tokens(length=t))[1]) for t in (20, 50, T)}) == 1
-        growing = small(memory, window="L")
-        assert state_bytes(growing.stream(tokens(length=T))[1]) > 1.9 * state_bytes(growing.stream(tokens(length=T // 2))[1])
+    sizes = lambda: [state_bytes(net.stream(idx[:, :t])[1]) for t in (2 * T, 3 * T, 4 * T)]
+    if memory in ("none", "persistent"):                        # the last layer sees everything, until it gets a window too
+        assert sizes()[2] > 1.9 * sizes()[0]
+        net.body.blocks[-1].mixer.window = 8
+    assert len(set(sizes())) == 1 and sizes()[0] > 0, sizes()
 
 
 @each(memory=MEMORIES, variant=["laptop", "gpt2", "d12"])
@@ -422,77 +424,68 @@ def test_generation_is_the_forward_argmax(memory, variant):
     assert out.shape == (1, T) and torch.equal(net(out)[:, 4:-1].argmax(-1), out[:, 5:])
 
 
+def test_generation_is_sampling():
+    """A temperature near 0 leaves the likeliest token, and so does top_k=1; at temperature 1 tokens come as often as the
+    softmax says. A model that trains goes on training."""
+    net, idx = small("none").train(), tokens(rows=1, length=5)
+    likeliest = net.generate(idx, 20, temperature=0)
+    assert torch.equal(net.generate(idx, 20, temperature=1e-4), likeliest) and torch.equal(net.generate(idx, 20, top_k=1), likeliest)
+    drawn = net.generate(idx.expand(20_000, -1), 1, generator=torch.Generator().manual_seed(0))[:, -1]
+    share = torch.bincount(drawn, minlength=40) / 20_000
+    assert (share - net(idx)[0, -1].softmax(-1)).abs().max() < 0.01 and net.training
+
+
+@each(memory=MEMORIES)
+@torch.no_grad()
+def test_dropout_is_for_training_alone(memory):
+    """Two passes of eval() are equal. In train() the model's differ, and so do those of each half of a block that drops
+    attention weights."""
+    net, idx, x = small(memory, dropout=0.5), tokens(), noise(2, T, 16)
+    block = net.body.blocks[-1] if memory != "rmt" else net.body.stack.blocks[-1]
+    parts = [part for part in (block.mixer, block.feedforward) if hasattr(part, "dropout")]
+    assert len(parts) == {"ttt": 0, "deltanet": 0, "mosaic": 2}.get(memory, 1)
+    assert torch.equal(net(idx), net(idx)) and all(torch.equal(part(x)[0], part(x)[0]) for part in parts)
+    net.train()
+    assert error(net(idx), net(idx)) > 1e-3 and all(error(part(x)[0], part(x)[0]) > 1e-3 for part in parts)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# model.py: each layer against its equation
+# model.py: each layer against its slow form
 
 def test_attend_is_masked_softmax():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, 70), (2, 90), (2, 90)))
-    for Tq, Tk, window, n_free, alibi in itertools.product((1, 40, 70), (70, 90), (None, 5, 33, 200), (0, 3), (False, True)):
-        slopes = torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64) if alibi else None
-        i, j = torch.arange(Tk - Tq, Tk)[:, None], torch.arange(Tk)
-        visible = (j <= i) & ((i - j < (window or Tk)) | (j < n_free))
-        score = q[:, :, :Tq] @ k[:, :, :Tk].repeat_interleave(2, 1).mT * 8 ** -0.5
-        if alibi:
-            score = score - slopes[:, None, None] * (i - j) * (j >= n_free)
-        y = score.masked_fill(~visible, float("-inf")).softmax(-1) @ v[:, :, :Tk].repeat_interleave(2, 1)
-        got = model.attend(q[:, :, :Tq], k[:, :, :Tk], v[:, :, :Tk], window, n_free, slopes)
-        assert error(got, y) < 1e-12, (Tq, Tk, window, n_free, alibi)
+    q, k, v = noise(2, 4, 70, 8), noise(2, 2, 90, 8, seed=2), noise(2, 2, 90, 5, seed=3)
+    alibi = torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64)
+    for Tq, Tk, *rest in itertools.product((1, 40, 70), (70, 90), (None, 5, 33, 200), (0, 3), (None, alibi), (None, 1.0)):
+        given = (q[:, :, :Tq], k[:, :, :Tk], v[:, :, :Tk], *rest)
+        assert error(model.attend(*given), model.attend_slow(*given)) < 1e-12, (Tq, Tk, rest)
+        assert error(model.attend(*given, dropout=0.5), model.attend(*given)) > 1e-2, (Tq, Tk, rest)
 
 
 @torch.no_grad()
 def test_rotary_is_relative():
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    q, k = noise(1, 1, 1, 8), noise(1, 1, 1, 8, seed=2)
     dot = lambda i, j: (model.rotary(q, torch.tensor([i]), 100.0) * model.rotary(k, torch.tensor([j]), 100.0)).sum()
     assert abs(dot(7, 3) - dot(104, 100)) < 1e-10 and abs(dot(7, 3) - dot(8, 3)) > 1e-3
 
 
-@each(evict=["fifo", "lru"], kv=[1, 2])
+@each(evict=["fifo", "lru"], kv=[1, 2], qk_norm=[True, False])
 @torch.no_grad()
-def test_knn_is_a_store_searched_token_by_token(evict, kv):
-    """The layer against a Python list of pairs per head: who is stored, who leaves, who is found, how it is mixed."""
-    net = small("knn", n_layer=1, n_kv_head=kv, knn_evict=evict, pos="none", short_window=6, knn_capacity=14, knn_topk=3)
-    layer = net.body.blocks[0].mixer
-    torch.manual_seed(1)
-    x = torch.randn(1, 60, 16, dtype=torch.float64)
+def test_knn_is_a_store_searched_token_by_token(evict, kv, qk_norm):
+    layer = small_layer("knn", n_kv_head=kv, knn_evict=evict, qk_norm=qk_norm, short_window=6, knn_capacity=14, knn_topk=3)
     layer.gate.copy_(torch.tensor([0.3, -1.0]))
-    y, _ = layer(x)
-    q, k, v = layer.project(x, None)
-    local, _ = layer.look_back(q, k, v, None)
-    expected = local.clone()
-    for h in range(kv):
-        store = {}                                              # position -> position of its last use
-        for t in range(60):
-            if t % 6 == 0 and t >= 6:                           # a block of 6 moves in; the tokens t-6 … t-1
-                new = range(t - 6, t)
-                while len(store) + 6 > 14:
-                    store.pop(min(store, key=(lambda p: p) if evict == "fifo" else store.get))
-                store.update({p: t for p in new})
-            found = [p for p in store if p <= t - 6]
-            stamps = {}
-            for head in range(h * 2 // kv, (h + 1) * 2 // kv):
-                near = sorted(found, key=lambda p: -(q[0, head, t] @ k[0, h, p]).item())[:3]
-                if near:
-                    w = torch.stack([q[0, head, t] @ k[0, h, p] * 8 ** -0.5 for p in near]).softmax(0)
-                    mixed = sum(w_p * v[0, h, p] for w_p, p in zip(w, near))
-                    g = torch.sigmoid(layer.gate[head])
-                    expected[0, head, t] = g * mixed + (1 - g) * local[0, head, t]
-                stamps.update({p: t for p in near})
-            store.update(stamps)
+    x = noise(2, 60, 16)
     # Under lru pairs with equal stamps may leave in any order: there the two agree up to the first eviction, at token 18.
     until = 60 if evict == "fifo" else 18
-    assert error(y[:, :until], layer.out(model.join_heads(expected))[:, :until]) < 1e-12
+    assert error(layer(x)[0][:, :until], layer.slow(x)[:, :until]) < 1e-12
 
 
 def test_knn_lru_keeps_what_is_retrieved():
     """A pair that every query retrieves outlives the capacity under lru, and not under fifo; stored pairs get no gradient."""
     for evict in ("fifo", "lru"):
-        layer = small("knn", n_layer=1, knn_evict=evict, pos="none", short_window=4, knn_capacity=8, knn_topk=1).body.blocks[0].mixer
-        torch.manual_seed(0)
-        direction = F.normalize(torch.randn(8, dtype=torch.float64), dim=0)
+        layer = small_layer("knn", knn_evict=evict, pos="none", short_window=4, knn_capacity=8, knn_topk=1)
+        direction = F.normalize(noise(8), dim=0)
         store = None
-        k = 0.01 * torch.randn(1, 2, 40, 8, dtype=torch.float64)
+        k = 0.01 * noise(1, 2, 40, 8, seed=2)
         k[:, :, 0] = 10 * direction                             # token 0 matches every query best
         q = direction.expand(1, 2, 40, 8)
         for a in range(4, 40, 4):
@@ -500,135 +493,120 @@ def test_knn_lru_keeps_what_is_retrieved():
             _, _, store = layer.retrieve(q[:, :, a:a + 4], store, torch.arange(a, a + 4))
         assert (0 in store.written[0, 0].tolist()) == (evict == "lru"), store.written[0, 0]
         assert store.k.size(2) == 8
-    net = small("knn", n_layer=1)
-    x = torch.randn(1, 40, 16, dtype=torch.float64, requires_grad=True)
-    y, _ = net.body.blocks[0].mixer(x)
-    (gradient,) = torch.autograd.grad(y[:, -1].sum(), x)
+    x = noise(1, 40, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(small_layer("knn")(x)[0][:, -1].sum(), x)
     assert gradient[:, :32].abs().max() == 0 and gradient[:, 32:].abs().min() > 0   # 8 in the window, none through the store
 
 
 @each(window=[None, 4])
 @torch.no_grad()
 def test_persistent_slots_are_keys_without_position_or_window(window):
-    layer = small("persistent", n_layer=1, pos="none").body.blocks[0].mixer
+    layer = small_layer("persistent", pos="none")
     layer.window = window
     layer.slot_scale.fill_(1.0)
-    torch.manual_seed(1)
-    x = torch.randn(1, 12, 16, dtype=torch.float64)
+    x = noise(1, 12, 16)
     q, k, v = layer.project(x, None)
-    slot_k = F.rms_norm(layer.slot_k.view(3, 2, 8), (8,)).transpose(0, 1)[None]
-    slot_v = layer.slot_v.view(3, 2, 8).transpose(0, 1)[None]
+    slot_k, slot_v = (p.view(1, 3, 2, 8).transpose(1, 2) for p in (layer.slot_k, layer.slot_v))
     hidden = torch.ones(12, 12).triu(1) + torch.ones(12, 12).tril(-(window or 12))
-    score = torch.cat([q @ slot_k.mT, (q @ k.mT).masked_fill(hidden.bool(), float("-inf"))], -1)
-    y = (score * 8 ** -0.5).softmax(-1) @ torch.cat([slot_v, v], 2)
-    assert error(layer(x)[0], layer.out(model.join_heads(y))) < 1e-12
+    score = torch.cat([q @ F.rms_norm(slot_k, (8,)).mT, (q @ k.mT).masked_fill(hidden.bool(), float("-inf"))], -1)
+    weights = (score * 8 ** -0.5).softmax(-1)
+    assert error(layer(x)[0], layer.out(model.join_heads(weights @ torch.cat([slot_v, v], 2)))) < 1e-12
+    to_slots, to_tokens = layer.weights(x)
+    assert error(to_slots, weights[..., :3].sum(-1)) < 1e-12 and error(to_tokens, weights[..., 3:]) < 1e-12
+
+
+@torch.no_grad()
+def test_attention_weights():
+    """What `weights` shows is what mixes the values, from a state too: of attention, of knn's window, of mosaic."""
+    x = noise(1, 30, 16)
+    for memory, options in (("none", dict(pos="alibi")), ("knn", dict(n_kv_head=1))):
+        layer = small_layer(memory, **options)
+        layer.window = 5
+        _, _, v = layer.project(x, None)
+        nothing, weights = layer.weights(x)
+        local, _ = layer.look_back(*layer.project(x, None), None)
+        assert error(weights @ v, local) < 1e-12 and nothing.abs().max() == 0
+        _, later = layer.weights(x[:, 29:], layer(x[:, :29])[1])
+        assert error(later[:, :, 0], weights[:, :, 29, 25:]) < 1e-12
+    layer = small_layer("mosaic")
+    _, state = layer(x[:, :29])
+    nothing, weights = layer.weights(x[:, 29:], state)
+    y, (_, _, values, _) = layer(x[:, 29:], state)
+    assert error(layer.out(model.join_heads(weights[..., :29] @ values)), y) < 1e-12
+    assert weights.size(-1) == 30 and weights[..., 29].max() == 0 == nothing.max()
 
 
 @each(window=["SSSL", "L"])
 @torch.no_grad()
 def test_rmt_is_read_segment_write(window):
-    """The stack run on [read; segment; write] by hand; the memory changes, and its tokens see past the window."""
-    net, idx = small("rmt", window=window), tokens(rows=1)
-    rmt, memory, ys = net.body, net.body.memory.weight[None], []
-    x = net.wte(idx)
-    for n in range(4):
-        y, _ = rmt.stack(torch.cat([memory, x[:, 20 * n:20 * n + 20], memory], 1))
-        ys.append(y[:, 3:23])
-        assert n == 0 or error(y[:, 23:], memory) > 1e-6
-        memory = y[:, 23:]
-    assert error(rmt(x)[0], torch.cat(ys, 1)) < 1e-12
-    y, _ = rmt.stack(torch.cat([memory + 1, x[:, :20], memory], 1))     # read memory is exempt from the window of 8
-    z, _ = rmt.stack.blocks[0](torch.cat([memory + 1, x[:, :20]], 1))
-    w, _ = rmt.stack.blocks[0](torch.cat([memory, x[:, :20]], 1))
-    assert error(z[:, -1], w[:, -1]) > 1e-12
+    """The memory changes, and its tokens are seen past the window."""
+    net = small("rmt", window=window)
+    rmt, x = net.body, net.wte(tokens())
+    y, (memory, _, _) = rmt(x)
+    assert error(y, rmt.slow(x)) < 1e-12 and error(memory, rmt.memory_tokens.weight.expand(2, -1, -1)) > 1e-6
+    memory, block = rmt.memory_tokens.weight[None], rmt.stack.blocks[0]
+    (seen, _), (other, _) = (block(torch.cat([m, x[:1, :20]], 1)) for m in (memory, memory + 1))
+    assert error(other[:, -1], seen[:, -1]) > 1e-12             # at place 22, with a window of 8
 
 
 @each(bptt=[0, 1, 2, 3])
 def test_rmt_gradient_crosses_bptt_boundaries(bptt):
-    """The loss of segment n reaches the tokens of segment m exactly when 0 <= n - m <= bptt, for every n."""
-    net = small("rmt", rmt_bptt=bptt)
-    reference = small("rmt", rmt_bptt=9)
-    x = torch.randn(1, T, 16, dtype=torch.float64, requires_grad=True)
-    y, _ = net.body(x)
-    assert error(y, reference.body(x)[0]) < 1e-14
+    """The loss of segment n reaches the tokens of segment m exactly when 0 <= n - m <= bptt, for every n. Where nothing is
+    cut, the gradient is the full one."""
+    cut, full = small("rmt", rmt_bptt=bptt).body, small("rmt", rmt_bptt=9).body
+    x = noise(1, T, 16).requires_grad_()
+    y, y_full = cut(x)[0], full(x)[0]
+    assert error(y, y_full) < 1e-14
     for n in range(4):
-        (g,) = torch.autograd.grad(y[:, 20 * n:20 * n + 20].square().sum(), x, retain_graph=True)
+        segment = slice(20 * n, 20 * n + 20)
+        g, g_full = (torch.autograd.grad(z[:, segment].square().sum(), x, retain_graph=True)[0] for z in (y, y_full))
         size = g.view(4, 20, 16).abs().amax((1, 2))
         for m in range(4):
             assert (size[m] > 0) == (0 <= n - m <= bptt), (n, m, size)
-    y9 = reference.body(x)[0]
-    for n in range(bptt + 1):                                   # where nothing is cut, the gradient is the full one
-        full = torch.autograd.grad(y9[:, 20 * n:20 * n + 20].square().sum(), x, retain_graph=True)[0]
-        assert error(torch.autograd.grad(y[:, 20 * n:20 * n + 20].square().sum(), x, retain_graph=True)[0], full) < 1e-12
+        assert n > bptt or error(g, g_full) < 1e-12
 
 
 @torch.no_grad()
 def test_mosaic_is_its_equation():
-    """Both halves with explicit T×T matrices: leaky averages, values that peek, the strictly causal sum."""
-    net = small("mosaic", n_layer=1, n_embd=24)
-    ctx, per = net.body.blocks[0].mixer, net.body.blocks[0].feedforward
-    for m in (ctx, per):
-        m.scale.copy_(torch.tensor([-0.03, 0.04]))
-        m.key.scale.copy_(torch.tensor([0.15, 0.4]))            # ×10: the second head's squared scale meets the cap, e^5
-    torch.manual_seed(0)
-    x, n = torch.randn(1, 30, 24, dtype=torch.float64), 30
-    t = torch.arange(n)
-
-    def keys(extract, power):
-        raw = extract.phi(x)[0].view(n, 2, 12)
-        lam = torch.exp(-10 * extract.leak.abs())
-        decay = torch.stack([(l ** (t[:, None] - t).clamp(min=0)).tril() for l in lam])
-        k = torch.einsum("hij,jhd->hid", decay, raw)
-        return torch.exp((10 * power * extract.scale).clamp(max=5))[:, None, None] * F.normalize(k, dim=-1)
-
-    k, u = keys(ctx.key, 1), ctx.psi(x)[0].view(n, 2, 12).transpose(0, 1)
-    a = ctx.mix[:, None, None]
-    v = torch.exp(10 * ctx.scale)[:, None, None] * F.normalize(a * u[:, :-1] + (1 - a) * u[:, 1:], dim=-1)      # (H,n-1,D)
-    y = torch.zeros(2, n, 12, dtype=torch.float64)
-    for i in range(1, n):
-        y[:, i] = ((k[:, i, None] * k[:, :i]).sum(-1).softmax(-1)[..., None] * v[:, :i]).sum(1)
-    assert error(ctx(x)[0], ctx.out(y.transpose(0, 1).reshape(1, n, 24))) < 1e-10
-    P_k, P_v = (P.view(-1, 2, 12).transpose(0, 1) for P in (per.P_k, per.P_v))
-    y = torch.exp(10 * per.scale)[:, None, None] * (keys(per.key, 2) @ P_k.mT).softmax(-1) @ P_v
-    assert error(per(x)[0], per.out(y.transpose(0, 1).reshape(1, n, 24))) < 1e-10
+    block = small("mosaic", n_layer=1, n_embd=24).body.blocks[0]
+    for half in (block.mixer, block.feedforward):
+        half.scale.copy_(torch.tensor([-0.03, 0.04]))
+        half.key.scale.copy_(torch.tensor([0.15, 0.4]))         # ×10: the second head's squared scale meets the cap, e^5
+        x = noise(2, 30, 24)
+        assert error(half(x)[0], half.slow(x)) < 1e-10
+    assert error(block.feedforward.key.size(), torch.exp(torch.tensor([3.0, 5.0]))) < 1e-6
+    assert error(block.mixer.key.decay(), torch.exp(-torch.tensor([0.5, 5.0]))) < 1e-6
 
 
 @torch.no_grad()
 def test_deltanet_layer():
     """The layer's own steps around the rule: convolution, normalisation, gates, output norm."""
-    layer = small("deltanet", n_layer=1).body.blocks[0].mixer
-    x = torch.randn(1, 10, 16, dtype=torch.float64)
+    layer, x = small_layer("deltanet"), noise(1, 10, 16)
     u = torch.cat([layer.q(x), layer.k(x), layer.v(x)], -1)
     u = F.silu(F.conv1d(F.pad(u, (0, 0, 3, 0)).mT, layer.conv, groups=48).mT).view(1, 10, 3, 2, 8)
     q, k, v = F.normalize(u[:, :, 0], dim=-1), F.normalize(u[:, :, 1], dim=-1), u[:, :, 2]
     g = -layer.A_log.exp() * F.softplus(layer.alpha(x) + layer.dt_bias)
     o, _ = gated_delta_rule(q, k, v, g, torch.sigmoid(layer.beta(x)), impl="loop")
     o = o * (o.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    assert error(layer(x)[0], layer.out(o.flatten(2) * F.silu(layer.g(x)))) < 1e-9
-    dt = F.softplus(layer.dt_bias)
-    assert ((dt >= 0.9e-3) & (dt <= 1.1e-1)).all() and (layer.A_log.exp() <= 16).all()
+    assert error(layer(x)[0], layer.out(o.flatten(2) * F.silu(layer.output_gate(x)))) < 1e-9
 
 
 @torch.no_grad()
 def test_ttt_layer_hands_over_what_is_published():
     """η = σ(·)/D, s = max(0, 1/i + learned), W_0 and b_0 per head, keys rotated by the position modulo K."""
-    layer, seen, original = small("ttt", n_layer=1).body.blocks[0].mixer, [], model.ttt_linear
+    from unittest import mock
+    layer, x = small_layer("ttt"), noise(1, 20, 16)
     layer.token_scale[2] = -9.0
-    x = torch.randn(1, 20, 16, dtype=torch.float64)
-    try:
-        model.ttt_linear = lambda *inputs: seen.extend(inputs) or original(*inputs)
+    with mock.patch.object(model, "ttt_linear", wraps=model.ttt_linear) as recurrence:
         layer(x)
-    finally:
-        model.ttt_linear = original
-    q, k, v, lr, s, W, b = seen[:7]
+    q, k, v, lr, s, W, b = recurrence.call_args.args[:7]
     expected = 1 / torch.arange(1, 9).double()
     expected[2] = 0
     assert error(s, expected) < 1e-12 and W.shape == (2, 8, 8) and b.shape == (2, 8)
     assert error(lr, torch.sigmoid(layer.lr(x)) / 8) < 1e-12
-    raw = layer.k(x).view(1, 20, 2, 8)
-    assert error(k[:, [0, 8, 16]], raw[:, [0, 8, 16]]) < 1e-12 and error(k[:, 7], raw[:, 7]) > 1e-3
-    turned = model.rotary(raw[:, :8].transpose(1, 2), torch.arange(8), layer.theta).transpose(1, 2)
-    assert error(k[:, :8], turned) < 1e-12
+    raw = layer.k(x).view(1, 20, 2, 8).transpose(1, 2)
+    turned = model.rotary(raw, torch.arange(20) % 8, layer.theta).transpose(1, 2)
+    assert error(k, turned) < 1e-12 and error(k[:, 7], raw[:, :, 7]) > 1e-3
 
 
 @torch.no_grad()
@@ -636,8 +614,7 @@ def test_value_embeddings_and_softcap():
     """v + 2σ(W x[:32]) ve on alternating layers, the last included; logits = c tanh(raw / c)."""
     net, idx = small("none", "d12", n_layer=3, n_embd=64), tokens(rows=1)
     assert [b.mixer.value_gate is not None for b in net.body.blocks] == [True, False, True]
-    gate, x, ve = net.body.blocks[0].mixer.value_gate, torch.randn(1, 5, 64).double(), torch.randn(1, 5, 64).double()
-    v = torch.randn(1, 2, 5, 32).double()
+    gate, x, ve, v = net.body.blocks[0].mixer.value_gate, noise(1, 5, 64), noise(1, 5, 64, seed=2), noise(1, 2, 5, 32, seed=3)
     expected = v + (2 * torch.sigmoid(x[..., :32] @ gate.linear.weight.T)).mT[..., None] * ve.view(1, 5, 2, 32).transpose(1, 2)
     assert error(gate(v, x, ve), expected) < 1e-12
     capped = net(idx)
@@ -649,11 +626,38 @@ def test_value_embeddings_and_softcap():
     assert error(capped, raw / 100) < 1e-3
 
 
-def test_initial_weights():
-    net = GPT(Config(n_embd=256, value_embeds=True))
+# The end of a parameter's name -> how it starts in the papers' code: a number, a tensor, or a distribution function.
+LAYERS, HEADS, WIDTH = 4, 128, 256
+gaussian = lambda std: stats.norm(0, std).cdf
+STARTS = {
+    ".A_log": lambda x: np.exp(x) / 16,                                                 # A ~ U(0,16)
+    ".dt_bias": lambda x: (np.log(np.log1p(np.exp(x))) - math.log(1e-3)) / math.log(100),   # dt log-uniform from 1e-3 to 1e-1
+    ".conv": stats.uniform(-0.5, 1).cdf,                                                # U(-1,1)/√4, PyTorch's for a width of 4
+    ".W": gaussian(0.02), ".b": 0, ".token_scale": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,     # ttt
+    ".leak": torch.linspace(0.5, 5, HEADS) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
+    ".P_k": gaussian((WIDTH / HEADS) ** -0.5), ".P_v": gaussian((WIDTH / HEADS) ** -0.5),
+    ".slot_k": gaussian(0.02 * WIDTH ** 0.5), ".slot_v": gaussian(0.02 * WIDTH ** 0.5), ".slot_scale": 0.01,
+    ".mixer.gate": 0, ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": gaussian(0.02 * WIDTH ** 0.5),
+    ".out.weight": gaussian(0.02 / (2 * LAYERS) ** 0.5),                                # what adds to the residual stream
+    "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
+    ".weight": gaussian(0.02), "bias": 0}                                               # everything else
+
+
+@each(memory=MEMORIES)
+def test_starting_values(memory):
+    torch.manual_seed(0)
+    net = GPT(Config(memory=memory, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, vocab_size=200, rmt_tokens=64, persistent_slots=64,
+                     norm="layer", bias=True, pos="learned", value_embeds=True))
+    layers = {}                                                 # name -> that parameter in every layer
     for name, p in net.named_parameters():
-        std = 0.02 * (8 ** -0.5 if ".out." in name else 16 if name.startswith("value") else 1)
-        assert abs(p.std().item() / std - 1) < 4 * p.numel() ** -0.5, name
+        layers.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(p.detach())
+    for name, values in layers.items():
+        start = next(start for suffix, start in STARTS.items() if name.endswith(suffix))
+        if callable(start):
+            probability = stats.kstest(torch.stack(values).flatten().double(), start).pvalue
+            assert probability > 1e-3, f"{name} does not start as expected"
+        else:
+            assert torch.allclose(torch.stack(values), torch.as_tensor(start, dtype=torch.float32)), name
 
 
 def parameters(net):
@@ -678,8 +682,7 @@ def test_every_parameter_learns_and_has_an_optimizer(memory):
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     hidden = {id(p) for p in net.hidden_matrices()}
     for name, p in net.named_parameters():
-        inside = ".blocks." in name and p.ndim == 2
-        assert (id(p) in hidden) == inside, name
+        assert (id(p) in hidden) == (".blocks." in name and p.ndim == 2), name
 
 
 def test_targets_of_minus_one_are_ignored():
@@ -714,12 +717,30 @@ def test_flops_count_the_matrix_products():
 @each(case=[
     (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(window="SXL"), "window='SXL'"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
     (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"), (dict(memory="ttt", memory_layers="a"), "memory_layers"),
-    (dict(memory_layers="1"), "no effect"), (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"), (dict(dropout=1.5), "dropout"), (dict(n_layer=0), "n_layer=0"),
-    (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
-    (dict(n_embd=12, n_head=4), "even head size"), (dict(memory="rmt", sink_tokens=2), "sink_tokens")])
+    (dict(memory_layers="1"), "no effect"), (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"),
+    (dict(dropout=1.5), "dropout"), (dict(n_layer=0), "n_layer=0"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
+    (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"),
+    (dict(n_embd=12, n_head=4), "rope needs an even head size"),
+    (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")])
 def test_impossible_architectures(case):
     options, part = case
-    raises(ValueError, lambda: GPT(Config(**options)), part)
+    raises(ValueError, lambda: Config(**options), part)
+
+
+def test_memory_layers():
+    for text, expected in (("all", {0, 1, 2, 3}), ("middle", {2}), ("3", {3}), ("1+3", {1, 3}), ("0+0", {0})):
+        config = Config(memory="mosaic", memory_layers=text)
+        assert model.layers_with_memory(config) == expected
+        blocks = GPT(config).body.blocks
+        assert {i for i, b in enumerate(blocks) if isinstance(b.mixer, model.ContextualMemory)} == expected
+        assert {i for i, b in enumerate(blocks) if isinstance(b.feedforward, model.PersistentMemory)} == expected
+
+
+def test_settings_of_other_memories_are_named():
+    others = dict(knn_capacity=600, expand_v=2, mosaic_slots=5)
+    assert model.unused_options(Config()) == [] == model.unused_options(Config(memory="knn", knn_capacity=600, memory_layers="1"))
+    assert model.unused_options(Config(n_layer=3, **others)) == ["expand_v", "knn_capacity", "mosaic_slots"]
+    assert model.unused_options(Config(memory="deltanet", **others)) == ["knn_capacity", "mosaic_slots"]
 
 
 def test_learned_positions_end():
