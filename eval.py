@@ -50,10 +50,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, encode
-from model import EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, extend, rotary, state_bytes
-from train import (Parser, RunConfig, autocast, build, evaluate_bpb, fill_in, load_corpus, load_run, opt, parse_value,
-                   peak_memory_mib, pick_device, replacing, reset_peak_memory)
+from data import UserError, encode, replacing
+from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, extend,
+                   option, rotary, state_bytes)
+from train import (Parser, RunConfig, autocast, checked, evaluate_bpb, fill_in, load_corpus, load_run, parse_value,
+                   peak_memory_mib, pick_device, reset_peak_memory)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,28 +62,28 @@ from train import (Parser, RunConfig, autocast, build, evaluate_bpb, fill_in, lo
 
 @dataclass
 class Options:
-    task: str = opt("all", "which ones, with commas; all: ood only with a --dataset", "every task")
-    device: str = opt("auto", "auto = cuda where there is one", "every task", ("auto", "cpu", "cuda"))
-    piece: int = opt(0, "tokens read by one call of stream; 0 = the training length", "every task")
-    seed: int = opt(1, "of keys, sampling and untrained weights", "niah, generate, speed")
-    tokens: int = opt(0, "validation tokens; 0 = as many as in training", "bpb, position, ood")
-    length: int = opt(0, "tokens of a row; 0 = the training length", "position, ood")
-    bucket: int = opt(64, "positions taken together (ood: a quarter of it)", "position, extend, ood", low=4)
-    factor: int = opt(16, "the longest rows, in training lengths", "extend", low=1)
-    rows: int = opt(8, "rows to read", "extend", low=1)
-    lengths: str = opt("", "tokens, with commas; by default 1/2, 1, 2 and 4 training lengths", "niah")
-    depths: str = opt("0,0.25,0.5,0.75,1", "of the needle: 0 at the start, 1 right before the question", "niah")
-    pairs: int = opt(8, "pairs of keys asked for at each length and depth", "niah", low=2)
-    needle: str = opt("\nThe secret key is {key}.\n", "the needle; up to {key} it is also the question", "niah")
-    dataset: str = opt("", "the other corpus, a name or a path; simplewiki if empty", "ood")
-    sequences: int = opt(64, "rows to average (the paper: 5000)", "attention", low=1)
-    prompt: tuple = opt((), "a prompt of your own; may be given several times", "generate")
-    new_tokens: int = opt(60, "tokens to write", "generate", low=1)
-    temperature: float = opt(0.0, "0 takes the likeliest token", "generate")
-    top_k: int = opt(0, "sample from so many tokens; 0 = from all", "generate")
-    memory: str = opt("", "untrained models of the run's shape to compare with: names with commas, or all", "speed")
-    context: int = opt(65536, "the longest context in tokens", "speed", low=1)
-    decode: int = opt(32, "tokens read one by one at each length; the median counts", "speed", low=1)
+    task: str = option("all", "which ones, with commas; all: ood only with a --dataset", "every task")
+    device: str = option("auto", "auto = cuda where there is one", "every task", ("auto", "cpu", "cuda"))
+    piece: int = option(0, "tokens read by one call of stream; 0 = the training length", "every task")
+    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed")
+    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood")
+    length: int = option(0, "tokens of a row; 0 = the training length", "position, ood")
+    bucket: int = option(64, "positions taken together (ood: a quarter of it)", "position, extend, ood", low=4)
+    factor: int = option(16, "the longest rows, in training lengths", "extend", low=1)
+    rows: int = option(8, "rows to read", "extend", low=1)
+    lengths: str = option("", "tokens, with commas; by default 1/2, 1, 2 and 4 training lengths", "niah")
+    depths: str = option("0,0.25,0.5,0.75,1", "of the needle: 0 at the start, 1 right before the question", "niah")
+    pairs: int = option(8, "pairs of keys asked for at each length and depth", "niah", low=2)
+    needle: str = option("\nThe secret key is {key}.\n", "the needle; up to {key} it is also the question", "niah")
+    dataset: str = option("", "the other corpus, a name or a path; simplewiki if empty", "ood")
+    sequences: int = option(64, "rows to average (the paper: 5000)", "attention", low=1)
+    prompt: tuple = option((), "a prompt of your own; may be given several times", "generate")
+    new_tokens: int = option(60, "tokens to write", "generate", low=1)
+    temperature: float = option(0.0, "0 takes the likeliest token", "generate")
+    top_k: int = option(0, "sample from so many tokens; 0 = from all", "generate")
+    memory: str = option("", "untrained models of the run's shape to compare with: names with commas, or all", "speed")
+    context: int = option(65536, "the longest context in tokens", "speed", low=1)
+    decode: int = option(32, "tokens read one by one at each length; the median counts", "speed", low=1)
 
 
 def nearest(word: str, known, otherwise: str = "--help lists what there is") -> str:
@@ -109,7 +110,7 @@ def parse_args(argv: list[str]) -> tuple[list[str], list[str], Options]:
     runs = given.pop("runs")
     for name, text in given.items():
         known = Options.__dataclass_fields__[name].metadata
-        value = tuple(text) if kinds[name] == "tuple" else parse_value(name, kinds[name], text)
+        value = tuple(text) if kinds[name] == "tuple" else parse_value(Options, name, text)
         if known["choices"] and value not in known["choices"]:
             raise UserError(f"--{name}={value}: expected one of {', '.join(known['choices'])}")
         if isinstance(value, (int, float)) and not known["low"] <= value < math.inf:
@@ -126,7 +127,10 @@ def parse_args(argv: list[str]) -> tuple[list[str], list[str], Options]:
 
 def numbers(name: str, text: str, kind: str, low, high) -> list:
     """A list with commas, such as 0,0.5,1"""
-    values = [parse_value(name, kind, part) for part in text.split(",")]
+    try:
+        values = [dict(int=int, float=float)[kind](part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name}={text}: expected numbers") from None
     if not all(low <= v <= high for v in values):
         raise UserError(f"--{name}={text}: expected numbers from {low} to {high}")
     return values
@@ -794,8 +798,8 @@ def speed_of(run: Run, opts: Options) -> dict:
 def untrained(run: Run, memory: str, opts: Options) -> Run:
     """A model of the run's shape with another memory: what its weights are doesn't change how long it takes."""
     torch.manual_seed(opts.seed)
-    model = build(GPT, build(replace, run.model.config, memory=memory, memory_layers="all"))
-    cfg = replace(run.cfg, memory=memory, memory_layers="all")
+    cfg = checked(partial(replace, run.cfg), memory=memory, memory_layers="all")
+    model = GPT(cfg.architecture())
     return Run(run.folder, f"{memory} (untrained)", model.eval().to(pick_device(cfg)), cfg)
 
 
