@@ -637,7 +637,7 @@ def paired(a: dict, b: dict) -> Paired:
     return result
 
 
-def closure(G, D) -> tuple[float, float, float] | str:
+def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | str:
     """ΣG/ΣD with a 95% interval, or the words that say why there is none.
 
     G, D (n,): for each seed the sum over positions of the gain and of the deficit.
@@ -665,7 +665,7 @@ def closure(G, D) -> tuple[float, float, float] | str:
         return "undefined"
 
     # every row of `draws` is one resample: the indexes of the n seeds that it holds
-    draws = np.random.default_rng(0).integers(0, n, (BOOTSTRAP, n))
+    draws = np.random.default_rng(0).integers(0, n, (resamples, n))
     ratios = G[draws].sum(1) / D[draws].sum(1)
     standard_error = math.sqrt(n / (n - 1)) * ratios.std()
     half = float(stats.t.ppf(0.975, n - 1) * standard_error)
