@@ -155,7 +155,7 @@ def times(factor):
 
 
 ZERO, ONE = torch.zeros_like, torch.ones_like
-HEADS = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
 LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 
 # name -> the sizes to run, and what is changed in memories.example; at the cuts a call ends and the next one begins
@@ -164,7 +164,7 @@ CASES = {
               dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
     "delta_plain": (delta(), {}),
     "delta_rows": (runs(B=[2], H=[2], D=[16], T=[2, 31, 32, 33, 129]), {}),
-    "delta_heads": ([dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEADS], {}),
+    "delta_heads": ([dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEAD_SIZES], {}),
     "delta_strong_decay": (delta(), dict(g=lambda g: -30 * torch.rand_like(g))),
     "delta_stronger_decay": (delta(T=[70]), dict(g=lambda g: -20 * ONE(g))),
     "delta_uneven_decay": (delta(T=[130]), dict(g=now_and_then)),
@@ -868,7 +868,7 @@ def test_kernels_build(arch, name):
     every = bool(os.environ.get("EVERY_KERNEL"))
     cells = runs(D=[64, 128])
     if every and name == "gated_delta_rule":
-        cells = [dict(D=D, Dv=Dv) for D, Dv in [(16, 32), *HEADS]]
+        cells = [dict(D=D, Dv=Dv) for D, Dv in [(16, 32), *HEAD_SIZES]]
     elif every:
         cells = runs(D=[32, 64, 128], K=[16, 32, 64])
     for sizes in cells:
@@ -1598,6 +1598,13 @@ def test_bad_input_is_one_line_and_status_2():
         for flags, *words in refusals:
             refused(train.main, [*base, *flags], *words)
         assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/result.json"))
+
+
+def test_a_setting_that_no_run_reads_is_named():
+    def notes(*argv):
+        return call(lambda words: train.note_unused(train.parse_args(words)), *argv)[1]
+    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because memory=none does not read it\n"
+    assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
 
 # ---------------------------------------------------------------- optimizer

@@ -64,7 +64,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import UserError, did_you_mean, disk, replacing
-from model import GPT, PRESETS, Config, check_options, option, state_bytes
+from model import GPT, PRESETS, Config, check_options, option, state_bytes, unused_options
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -1172,6 +1172,15 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     return configs
 
 
+def note_unused(configs: list[RunConfig]) -> None:
+    """Says which flags no run of the sweep reads, and goes on."""
+    unused = set(unused_options(configs[0]))
+    for cfg in configs:
+        unused &= set(unused_options(cfg))
+    for name in sorted(unused):
+        say(f"note: --{name} changes nothing, because memory={configs[0].memory} does not read it")
+
+
 def start_processes(cfg: RunConfig) -> None:
     """Joins the processes that torchrun started."""
     device = pick_device(cfg)
@@ -1189,6 +1198,7 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     try:
         configs = parse_args(argv)
+        note_unused(configs)
         if world() > 1:
             start_processes(configs[0])
         results, diverged = run_all(configs, train, headline)
