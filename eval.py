@@ -1,35 +1,41 @@
-"""Everything that is measured on a trained checkpoint, of every memory alike: the model is only ever asked by `stream`.
+"""Everything that is measured on a trained checkpoint. Every memory is measured alike: the model is only asked by `stream`.
 
     python eval.py out/<run> [more runs] [--task=bpb,position,...] [--key=value ...]
 
-Tasks (each prints a table and writes out/<run>/eval_<task>.json; a picture of several runs goes to the first one)
+Each task prints a table and writes out/<run>/eval_<task>.json. A picture of several runs goes to the first one's folder.
+
+Tasks
     bpb         bits per byte on the validation rows: the number that training ends with
-    position    the same by position in the row and by position in the document
-    extend      bits per byte on rows of up to 16 times the training length; spans hold different text, so that one
-                span of several runs compares, and several spans of one run do not
-    niah        needle in a haystack: a 6-digit key hidden at some depth in some length of validation text
+    position    the same by position in the row, and by position in the document
+    extend      bits per byte on rows of up to 16 times the training length. The spans of such a row hold different text,
+                so that one span of several runs compares, and several spans of one run do not.
+    niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of validation text
     ood         loss by position on another corpus (Memory Mosaics, figure 10)
-    attention   what the last position attends to, per head, at 1x and 3x the training length (its figures 12, 13, 15);
-                of knn the attention to its window alone
-    generate    continuations of the 24 prompts of its table 1, or of any --prompt
+    attention   what the last position attends to, per head, at 1x and 3x the training length (its figures 12, 13, 15).
+                Of knn it is the attention to the window alone.
+    generate    continuations of the beginnings of validation documents. A model of stories gets the 24 prompts of
+                Memory Mosaics' table 1, and --prompt is any other text.
     speed       prefill, ms a token, state bytes and peak memory against context length
 
 Glossary
     row, document   a row is what the model reads as one sequence; it holds one document or several (see data.py)
+    target          the token after a position, which the model is to predict
+    sums            nats, bytes and targets, summed by position: a tensor (3, positions), float64
     bucket          neighbouring positions taken together. Nats and bytes are summed before they are divided, bpb =
-                    Σnats/(ln2·Σbytes), so that the buckets recombine to the total
-    piece           tokens read by one call of `stream`: only the state grows with the length of a row
+                    Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
+    piece           the tokens that one call of `stream` reads: as many as a row had in training. So only the state grows
+                    with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more learned positions
     margin          log p(key) - log p(wrong key) in nats
 
-Reading order: options, opening runs, reading through the state, files and tables, then a section a task, main.
+Reading order
+    options, opening runs, reading through the state, files and pictures, then a section a task, main
 
-References: needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack; Memory Mosaics: Zhang et
-al. 2024, 2405.06394; prompts: Eldan & Li 2023, 2305.07759. The palette is Okabe and Ito's.
+References
+    needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack
+    Memory Mosaics: Zhang et al. 2024, 2405.06394; its prompts: Eldan & Li 2023, 2305.07759
 """
-import argparse
 import ctypes
-import difflib
 import hashlib
 import json
 import math
@@ -37,7 +43,7 @@ import re
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -50,320 +56,402 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, encode, replacing
-from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, extend,
-                   option, rotary, state_bytes)
-from train import (Parser, RunConfig, autocast, checked, evaluate_bpb, fill_in, load_corpus, load_run, parse_value,
-                   peak_memory_mib, pick_device, reset_peak_memory)
+from data import UserError, did_you_mean, encode
+from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, attend, check_options, extend, option,
+                   rotary, state_bytes)
+from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in, load_corpus, load_run,
+                   parse_value, peak_memory_mib, pick_device, read_flags, reset_peak_memory, save, save_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options
+# Options. The last word of each is the task that it belongs to.
 
 @dataclass
 class Options:
-    task: str = option("all", "which ones, with commas; all: ood only with a --dataset", "every task")
+    """What is measured, and how. Raises ValueError for a value that is not allowed."""
+    task: str = option("all", "which ones, with commas, or all", "every task")
     device: str = option("auto", "auto = cuda where there is one", "every task", ("auto", "cpu", "cuda"))
-    piece: int = option(0, "tokens read by one call of stream; 0 = the training length", "every task")
-    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed")
-    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood")
-    length: int = option(0, "tokens of a row; 0 = the training length", "position, ood")
+    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed", low=0, high=2**63 - 1)
+    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood", low=0)
     bucket: int = option(64, "positions taken together (ood: a quarter of it)", "position, extend, ood", low=4)
     factor: int = option(16, "the longest rows, in training lengths", "extend", low=1)
     rows: int = option(8, "rows to read", "extend", low=1)
     lengths: str = option("", "tokens, with commas; by default 1/2, 1, 2 and 4 training lengths", "niah")
     depths: str = option("0,0.25,0.5,0.75,1", "of the needle: 0 at the start, 1 right before the question", "niah")
-    pairs: int = option(8, "pairs of keys asked for at each length and depth", "niah", low=2)
+    pairs: int = option(8, "pairs of keys asked for at each length and depth", "niah", low=2, high=20_000)
     needle: str = option("\nThe secret key is {key}.\n", "the needle; up to {key} it is also the question", "niah")
-    dataset: str = option("", "the other corpus, a name or a path; simplewiki if empty", "ood")
+    dataset: str = option("python-docs", "the other corpus, a name or a path", "ood")
     sequences: int = option(64, "rows to average (the paper: 5000)", "attention", low=1)
     prompt: tuple = option((), "a prompt of your own; may be given several times", "generate")
     new_tokens: int = option(60, "tokens to write", "generate", low=1)
-    temperature: float = option(0.0, "0 takes the likeliest token", "generate")
-    top_k: int = option(0, "sample from so many tokens; 0 = from all", "generate")
+    temperature: float = option(0.0, "0 takes the likeliest token", "generate", low=0)
     memory: str = option("", "untrained models of the run's shape to compare with: names with commas, or all", "speed")
     context: int = option(65536, "the longest context in tokens", "speed", low=1)
-    decode: int = option(32, "tokens read one by one at each length; the median counts", "speed", low=1)
+
+    def __post_init__(self):
+        check_options(self)
+        # Every list is read once, so that a wrong one is refused before anything is measured.
+        self.tasks()
+        self.needle_depths()
+        self.needle_lengths(training_length=1)
+        self.other_memories()
+        question, key, _ = self.needle.partition("{key}")
+        if not question.strip() or not key:
+            raise ValueError(f"needle={self.needle!r} was given, expected text, then {{key}} where the key goes")
+
+    def tasks(self) -> list[str]:
+        """The names of the tasks to do."""
+        if self.task == "all":
+            return list(TASKS)
+        return known_names("task", self.task, TASKS)
+
+    def needle_depths(self) -> list[float]:
+        """Shares of the text that stand before the needle."""
+        return numbers("depths", self.depths, float, 0, 1)
+
+    def needle_lengths(self, training_length: int) -> list[int]:
+        """Lengths of the text in tokens, needle, question and answer included."""
+        if self.lengths:
+            return numbers("lengths", self.lengths, int, 1, 10**9)
+        return [training_length // 2, training_length, 2 * training_length, 4 * training_length]
+
+    def other_memories(self) -> list[str]:
+        """The memories to compare with."""
+        if self.memory == "":
+            return []
+        if self.memory == "all":
+            return list(MEMORIES)
+        return known_names("memory", self.memory, MEMORIES)
 
 
-def nearest(word: str, known, otherwise: str = "--help lists what there is") -> str:
-    close = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f"; {otherwise}"
+def known_names(name: str, text: str, known) -> list[str]:
+    """A list with commas, such as bpb,niah. Raises ValueError for a name that is not among the known ones."""
+    names = text.split(",")
+    for given in names:
+        if given not in known:
+            hint = did_you_mean(given, known)
+            raise ValueError(f"{name}={text} was given, but {given!r} is none of {', '.join(known)}{hint}")
+    return names
 
 
-def parse_args(argv: list[str]) -> tuple[list[str], list[str], Options]:
-    """-> run folders, task names, options"""
-    parser = Parser(prog="eval.py", usage="eval.py out/<run> [more runs] [--task=bpb,niah,...] [--key=value ...]",
-                    description=__doc__.split("\n\nGlossary")[0], allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders that train.py wrote")
-    kinds = {f.name: f.type.__name__ for f in fields(Options)}
-    for f in fields(Options):
-        text = f"{f.metadata['group']}: {f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
-        several = kinds[f.name] == "tuple"
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, action="append" if several else "store",
-                            metavar="TEXT" if several else kinds[f.name].upper(), help=text)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}" + nearest(unknown[0].split("=")[0], [f"--{k}" for k in kinds]))
-    given, opts = vars(given), Options()
-    runs = given.pop("runs")
-    for name, text in given.items():
-        known = Options.__dataclass_fields__[name].metadata
-        value = tuple(text) if kinds[name] == "tuple" else parse_value(Options, name, text)
-        if known["choices"] and value not in known["choices"]:
-            raise UserError(f"--{name}={value}: expected one of {', '.join(known['choices'])}")
-        if isinstance(value, (int, float)) and not known["low"] <= value < math.inf:
-            raise UserError(f"--{name}={value}: expected a finite number from {known['low']}")
-        setattr(opts, name, value)
-    tasks = [t for t in TASKS if t != "ood" or opts.dataset] if opts.task == "all" else opts.task.split(",")
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"there is no task {name!r}, expected one of {', '.join(TASKS)}" + nearest(name, TASKS))
+def numbers(name: str, text: str, kind: type, low, high) -> list:
+    """A list with commas, such as 0,0.5,1. Raises ValueError."""
+    refusal = ValueError(f"{name}={text} was given, expected numbers from {low} to {high} with commas between them")
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise refusal from None
+    if not all(low <= value <= high for value in values):
+        raise refusal
+    return values
+
+
+def parse_args(argv: list[str]) -> tuple[list[str], Options]:
+    """-> run folders, options"""
+    flags, runs = read_flags(Options, argv, usage="eval.py out/<run> [more runs] [--task=bpb,niah,...] [--key=value ...]",
+                             description=__doc__.split("\n\nGlossary")[0], words="folders that train.py wrote")
+    settings = {}
+    for name, text in flags.items():
+        # The flag of a tuple gives all its texts; every other value is parsed.
+        settings[name] = tuple(text) if isinstance(text, list) else parse_value(Options, name, text)
+    opts = checked(Options, **settings)
     if not runs:
         raise UserError("no run was given; give a folder that train.py wrote, such as out/laptop-none-s1")
-    return runs, tasks, opts
-
-
-def numbers(name: str, text: str, kind: str, low, high) -> list:
-    """A list with commas, such as 0,0.5,1"""
-    try:
-        values = [dict(int=int, float=float)[kind](part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--{name}={text}: expected numbers") from None
-    if not all(low <= v <= high for v in values):
-        raise UserError(f"--{name}={text}: expected numbers from {low} to {high}")
-    return values
+    return runs, opts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Opening runs
 
 class Run(NamedTuple):
+    """A trained model, and what it was trained on."""
     folder: Path
     label: str         # short, for tables and pictures
     model: GPT
     cfg: RunConfig
 
-    def rows_at_once(self) -> int:
-        """As many as in training, so that they fit."""
-        return min(self.cfg.device_batch_size or self.cfg.batch_size, self.cfg.batch_size)
+    def condition(self) -> str:
+        """The name of what this run tests: it decides the colour."""
+        import analyze
+        return analyze.condition(vars(self.cfg))
+
+    def rows_at_once(self, length: int) -> int:
+        """How many rows of `length` tokens are read together: as many tokens as in training, so that they fit."""
+        rows = min(self.cfg.device_batch_size or self.cfg.batch_size, self.cfg.batch_size)
+        return max(1, rows * self.cfg.max_seq_len // length)
 
     def corpus(self):
+        """The Corpus of the training. Raises UserError if its files have changed since."""
         corpus = load_corpus(self.cfg.dataset, self.cfg.tokenizer)
-        fill_in(self.cfg, corpus)                               # raises if it is not the data of the training
+        fill_in(self.cfg, corpus)
         return corpus
 
 
 def open_runs(paths: list[str], opts: Options) -> list[Run]:
-    loaded = []
-    for path in map(Path, dict.fromkeys(paths)):                # one run may match two patterns of a shell
+    """The trained runs in these folders, on the device that is asked for. Raises UserError."""
+    runs = []
+    for path in map(Path, dict.fromkeys(paths)):  # without repeats: one run may match two patterns of a shell
         if not path.exists():
-            known = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"there is no {path}" + nearest(str(path), known, "give a folder that train.py wrote"))
+            siblings = path.parent.iterdir() if path.parent.is_dir() else []
+            hint = did_you_mean(str(path), map(str, siblings)) or "; give a folder that train.py wrote"
+            raise UserError(f"there is no {path}{hint}")
         model, cfg, _ = load_run(path)
-        # what was trained in bfloat16 can be read on a CPU too
+
+        # What was trained in bfloat16 can be read on a CPU too, in float32.
         cfg = replace(cfg, device=opts.device, dtype="float32" if cfg.dtype == "float32" else "auto")
-        loaded.append((path if path.is_dir() else path.parent, model.to(pick_device(cfg)), cfg))
-    labels = [label_of(cfg, [c for *_, c in loaded if c.memory == cfg.memory]) for *_, cfg in loaded]
+        folder = path if path.is_dir() else path.parent
+        runs.append(Run(folder, "", model.to(pick_device(cfg)), cfg))
+
+    labels = [label_of(run, runs) for run in runs]
     if len(set(labels)) < len(labels):
-        labels = [folder.name for folder, *_ in loaded]
-    return [Run(folder, label, model, cfg) for label, (folder, model, cfg) in zip(labels, loaded)]
+        labels = [run.folder.name for run in runs]
+    return [run._replace(label=label) for run, label in zip(runs, labels)]
 
 
-def label_of(cfg: RunConfig, alike: list[RunConfig]) -> str:
-    """The memory, and the settings in which its runs differ: "none SSSL", "rmt rmt_tokens=0", "knn s2"."""
-    differ = [f.name for f in fields(cfg) if f.metadata.get("group") != "run" and f.name != "data_sha256"
-              and len({getattr(c, f.name) for c in alike}) > 1]
-    parts = [f"{name}=" * (name != "window") + str(getattr(cfg, name)) for name in differ if name != "seed"]
-    return " ".join([cfg.memory, *parts] + [f"s{cfg.seed}"] * ("seed" in differ))
+def label_of(run: Run, runs: list[Run]) -> str:
+    """The condition, and the settings in which its runs differ: "rmt rmt_tokens=8", "knn s2"."""
+    alike = [other.cfg for other in runs if other.condition() == run.condition()]
+    parts = [run.condition()]
+    for f in fields(run.cfg):
+        decides = f.metadata["group"] != "run" and f.name not in ("seed", "data_sha256")
+        if decides and values_differ(alike, f.name):
+            parts.append(f"{f.name}={getattr(run.cfg, f.name)}")
+    if values_differ(alike, "seed"):
+        parts.append(f"s{run.cfg.seed}")
+    return " ".join(parts)
+
+
+def values_differ(configs: list[RunConfig], name: str) -> bool:
+    """Does this setting have several values?"""
+    return len({getattr(cfg, name) for cfg in configs}) > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading through the state
+# Limits: what the machine or the model cannot do is a result. Any other failure is an error.
 
-FAILURES = (MemoryError, RuntimeError, ValueError)              # what limit() is to judge
+FAILURES = (MemoryError, RuntimeError, ValueError)  # what limit() is to judge
 OUT_OF_MEMORY = "out of memory"
 
 
 def limit(e: Exception) -> str:
-    """What the machine or the model can't do, in words; any other failure is an error and goes on."""
-    allocator = re.search("out of memory|can't allocate memory|not enough memory", str(e))
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and allocator:
+    """What the machine or the model cannot do, in words. Any other failure is raised again."""
+    allocator_says = re.search("out of memory|can't allocate memory|not enough memory", str(e))
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return OUT_OF_MEMORY
+    if isinstance(e, RuntimeError) and allocator_says:
         return OUT_OF_MEMORY
     if isinstance(e, ValueError) and "learned positions" in str(e):
         return str(e)
     raise e
 
 
+def proc_bytes(path: Path, name: str) -> int:
+    """A line such as "VmData: 1234 kB" of a file below /proc, in bytes."""
+    return int(re.search(name + r":\s*(\d+)", path.read_text())[1]) * 1024
+
+
 @contextmanager
 def memory_ceiling(device):
-    """On a CPU Linux kills the process that takes too much memory; below this ceiling that is an exception instead."""
-    status, info = Path("/proc/self/status"), Path("/proc/meminfo")
-    if device.type == "cuda" or not (status.exists() and info.exists()):
+    """On a CPU Linux kills the process that takes too much memory. Below this ceiling that is an exception instead."""
+    status = Path("/proc/self/status")
+    machine = Path("/proc/meminfo")
+    if device.type == "cuda" or not (status.exists() and machine.exists()):
         yield
         return
-    import resource                                             # not on Windows
-    used, free = (int(re.search(name + r":\s*(\d+)", path.read_text())[1]) * 1024
-                  for name, path in (("VmData", status), ("MemAvailable", info)))
-    old = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (min([used + free] + [x for x in old if x >= 0]), old[1]))
+
+    # The ceiling is what the process uses and what is free; one that stands already may be lower.
+    import resource  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    ceiling = proc_bytes(status, "VmData") + proc_bytes(machine, "MemAvailable")
+    for old in (soft, hard):
+        if old != resource.RLIM_INFINITY:
+            ceiling = min(ceiling, old)
+    resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, old)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
+
+def by_halves(function, *tensors: Tensor) -> Tensor:
+    """function(*tensors), a row of the result for each row of the tensors. Where all rows are too many for the memory,
+    half of them at a time: a limit is to be that of a single sequence."""
+    rows = len(tensors[0])
+    try:
+        return function(*tensors)
+    except FAILURES as e:
+        if limit(e) != OUT_OF_MEMORY or rows == 1:
+            raise
+    half = (rows + 1) // 2
+    first = by_halves(function, *[t[:half] for t in tensors])
+    second = by_halves(function, *[t[half:] for t in tensors])
+    return torch.cat([first, second])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading through the state
 
 @torch.no_grad()
-def read(run: Run, x: Tensor, piece: int = 0, state=None):
-    """Streams x (rows,T) piece by piece -> where the piece begins, its logits in float32, the state after it."""
-    device, piece = pick_device(run.cfg), piece or run.cfg.max_seq_len
-    for a in range(0, x.size(1), piece):
+def read(run: Run, x: Tensor, state=None):
+    """Streams the tokens x (rows,T) after what `state` remembers, piece by piece. Yields where a piece begins, its logits
+    (rows,piece,V) in float32, and the state after it."""
+    device = pick_device(run.cfg)
+    piece = run.cfg.max_seq_len
+    for start in range(0, x.size(1), piece):
         with autocast(run.cfg):
-            logits, state = run.model.stream(x[:, a:a + piece].to(device), state)
-        yield a, logits.float(), state
+            logits, state = run.model.stream(x[:, start:start + piece].to(device), state)
+        yield start, logits.float(), state
 
 
-def by_halves(f, *rows: Tensor) -> Tensor:
-    """f(*rows), on half of the rows at a time where all are too many: a limit is to be that of a single sequence."""
-    try:
-        return f(*rows)
-    except FAILURES as e:
-        if limit(e) != OUT_OF_MEMORY or len(rows[0]) == 1:
-            raise
-    return torch.cat([by_halves(f, *half) for half in zip(*(r.chunk(2) for r in rows))])
+def read_to_end(run: Run, x: Tensor, state=None):
+    """Streams the tokens x (rows,T) -> the last piece's logits (None if T is 0), the state after it."""
+    last = deque(read(run, x, state), maxlen=1)  # the logits of the pieces before it are not kept
+    if not last:
+        return None, state
+    _, logits, state = last.pop()
+    return logits, state
 
 
-UNREAD = -1.0                                                   # nats are never negative
+UNREAD = -1.0  # in place of nats, which are never negative
 
 
-def row_nats(run: Run, x: Tensor, y: Tensor, piece: int, limits: list) -> Tensor:
-    """Nats of each target, (rows,T); UNREAD from where the rows can't be read on, and why in limits."""
+def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
+    """Nats of each target y (rows,T), float64 on the CPU; UNREAD from where the rows cannot be read on. Then the reason
+    is appended to `limits`. Raises an error of memory as long as there are several rows: fewer may fit."""
     nats = torch.full(y.shape, UNREAD, dtype=torch.float64)
     try:
-        for a, logits, _ in read(run, x, piece):
-            target = y[:, a:a + logits.size(1)].to(logits.device)
+        for start, logits, _ in read(run, x):
+            end = start + logits.size(1)
+            target = y[:, start:end].to(logits.device)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-            nats[:, a:a + logits.size(1)] = loss.view(target.shape).cpu()
+            nats[:, start:end] = loss.view(target.shape).cpu()
     except FAILURES as e:
-        if limit(e) == OUT_OF_MEMORY and len(x) > 1:
+        reason = limit(e)
+        if reason == OUT_OF_MEMORY and len(x) > 1:
             raise
-        limits.append(limit(e))
+        limits.append(reason)
     return nats
 
 
-def bpb(sums: Tensor) -> float | None:
-    """sums (3,...) of nats, bytes and targets"""
+def bpb_of(sums: Tensor) -> float | None:
+    """Bits per byte of all positions in sums (3,...)."""
     nats, size, _ = sums.reshape(3, -1).sum(1).tolist()
-    return nats / (math.log(2) * size) if size else None
+    return bits_per_byte(nats, size)
 
 
 def buckets(sums: Tensor, width: int) -> dict:
-    """Sums by position (3,T) -> by bucket, in the form of result.json"""
-    parts = F.pad(sums, (0, -sums.size(1) % width)).view(3, -1, width)
-    nats, size, targets = parts.sum(-1).tolist()
-    return dict(bucket=width, positions=list(range(0, sums.size(1), width)), nats=nats, bytes=size, targets=targets,
-                bpb=[bpb(part) for part in parts.unbind(1)], loss=[n / t if t else None for n, t in zip(nats, targets)])
+    """Sums by position (3,T) -> by bucket of `width` positions, in the form of result.json."""
+    T = sums.size(1)
+    nats, size, targets = F.pad(sums, (0, -T % width)).view(3, -1, width).sum(-1).tolist()
+    bpb = [bits_per_byte(n, b) for n, b in zip(nats, size)]
+    loss = [n / t if t else None for n, t in zip(nats, targets)]
+    return dict(bucket=width, positions=list(range(0, T, width)), nats=nats, bytes=size, targets=targets, bpb=bpb, loss=loss)
 
 
 def add_tokens(digest, x: Tensor, y: Tensor) -> None:
-    digest.update(torch.cat([x, y[:, -1:]], 1).to(torch.int32).numpy().tobytes())
+    """Adds the tokens of rows x and their targets y to a hash: runs with the same hash were measured on the same text."""
+    tokens = torch.cat([x, y[:, -1:]], 1)
+    digest.update(tokens.to(torch.int32).numpy().tobytes())
 
 
 def has_rows(corpus, length: int) -> bool:
+    """Is there validation text for a row of so many tokens?"""
     try:
         return corpus.n_rows(length, "val") > 0
     except UserError:
         return False
 
 
-def measure(run: Run, corpus, length: int, tokens: int, bucket: int, piece: int) -> tuple[dict, Tensor]:
-    """Bits per byte on validation rows -> result, sums (2,3,length) by position in the row and in the document.
+def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[dict, Tensor]:
+    """Bits per byte on validation rows of `length` tokens, `tokens` in all (0 = all there are) -> result, sums (3,length)
+    by position in the row.
 
     A position is the number of tokens read after the first: of the row, or of the target's own document in that row.
     """
-    sums, digest, limits = torch.zeros(2, 3, length, dtype=torch.float64), hashlib.sha256(), []
-    rows, reached = max(1, run.rows_at_once() * run.cfg.max_seq_len // length), length
-    for x, y, doc_pos in corpus.eval_batches(length, rows, tokens or None):
+    by_row = torch.zeros(3, length, dtype=torch.float64)
+    by_document = torch.zeros(3, length, dtype=torch.float64)
+    digest = hashlib.sha256()
+    limits = []
+    reached = length
+    for x, y, doc_pos in corpus.eval_batches(length, run.rows_at_once(length), tokens or None):
         add_tokens(digest, x, y)
-        nats = by_halves(lambda x, y: row_nats(run, x, y, piece, limits), x, y)
-        unread, size = nats == UNREAD, corpus.token_bytes[y]
-        reached = min([reached, *unread.any(0).nonzero().flatten().tolist()])
-        values = torch.stack([nats * (size > 0), size.double(), (size > 0).double()])   # end of text is not scored
-        values[:, unread] = 0
-        sums[0] += values.sum(1)
-        sums[1].index_add_(1, (doc_pos - 1).clamp(min=0).flatten(), values.flatten(1))
-    nats, _, targets = sums[0].sum(-1).tolist()
+        nats = by_halves(partial(row_nats, run, limits), x, y)
+        unread = nats == UNREAD
+        reached = min(reached, int((~unread).all(0).sum()))
+
+        # A target counts if it was read and stands for bytes: an end of text does not.
+        size = corpus.token_bytes[y].double()
+        values = torch.stack([nats, size, torch.ones_like(nats)])                       # (3,rows,length)
+        values[:, unread | (size == 0)] = 0
+        by_row += values.sum(1)
+        document_positions = (doc_pos - 1).clamp(min=0)
+        by_document.index_add_(1, document_positions.flatten(), values.flatten(1))
+
+    nats, _, targets = by_row.sum(1).tolist()
     result = dict(tokens_sha256=digest.hexdigest(), length=length, reached=reached, limit=limits[0] if limits else None,
-                  val_bpb=bpb(sums[0]), val_loss=nats / targets if targets else None,
-                  bpb_by_position=buckets(sums[0], bucket), bpb_by_document_position=buckets(sums[1], bucket))
-    return result, sums
+                  val_bpb=bpb_of(by_row), val_loss=nats / targets if targets else None,
+                  bpb_by_position=buckets(by_row, bucket), bpb_by_document_position=buckets(by_document, bucket))
+    return result, by_row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, tables, pictures
 
-LOOKS = {"none": ("#000000", "o"), "global": ("#7f7f7f", "s"), "persistent": ("#0072B2", "^"), "rmt": ("#D55E00", "v"),
-         "ttt": ("#009E73", "D"), "deltanet": ("#CC79A7", "P"), "knn": ("#E69F00", "X"), "mosaic": ("#56B4E9", "p")}
+def null(name: str) -> None:
+    """What JSON gets for NaN, Infinity and -Infinity."""
+    return None
 
 
 def plain(x):
     """What JSON can hold: tensors as lists, null for a number that is not finite."""
-    return json.loads(json.dumps(x, default=Tensor.tolist), parse_constant=lambda name: None)
+    return json.loads(json.dumps(x, default=Tensor.tolist), parse_constant=null)
 
 
-def save(run: Run, task: str, result: dict) -> None:
-    names = "name memory window seed max_seq_len dataset tokenizer data_sha256".split()
-    device = pick_device(run.cfg)
-    device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    content = {name: getattr(run.cfg, name) for name in names} | dict(task=task, device=device) | result
-    with replacing(run.folder / f"eval_{task}.json") as f:
-        f.write(json.dumps(plain(content), indent=1, allow_nan=False).encode())
+def save_result(run: Run, task: str, result: dict) -> None:
+    """Writes out/<run>/eval_<task>.json: which run this is, then what was measured."""
+    content = dict(run.cfg.identity(), task=task, device=device_name(pick_device(run.cfg)))
+    content.update(result)
+    save_json(run.folder / f"eval_{task}.json", plain(content))
 
 
-def table(head: list, lines: list[list]) -> None:
-    text = lambda c: "-" if c is None else f"{c:.4f}" if isinstance(c, float) else str(c)
-    lines = [head] + [[text(c) for c in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *rest in lines:
-        print("  ".join([first.ljust(widths[0])] + [c.rjust(w) for c, w in zip(rest, widths[1:])]))
+def save_picture(run: Run, task: str, figure) -> None:
+    """Writes out/<run>/eval_<task>.png."""
+    import analyze
+    path = run.folder / f"eval_{task}.png"
+    save(path, analyze.picture(figure))
+    print(f"-> {path}")
 
 
-def same_tokens(results: list[dict]) -> None:
+def print_table(head: list[str], rows: list[list]) -> None:
+    """Prints an aligned table."""
+    import analyze
+    print(analyze.table(head, rows), end="")
+
+
+def note_other_tokens(results: list[dict]) -> None:
+    """Tells if the runs were not measured on the same tokens."""
     if len({r["tokens_sha256"] for r in results}) > 1:
         print("note: these runs were measured on different tokens (tokens_sha256), so their numbers don't compare")
 
 
-def looks(runs) -> list[dict]:
-    """Colour and marker by memory, dashes for several runs of one; hollow, so that coinciding curves are all seen."""
-    seen, out = Counter(), []
-    for cfg in (run.cfg for run in runs):
-        name = "global" if cfg.memory == "none" and set(cfg.window) == {"L"} else cfg.memory
-        colour, marker = LOOKS.get(name, ("#994F00", "h"))
-        dashes = ("-", "--", ":", "-.")[seen[name] % 4]
-        out.append(dict(color=colour, marker=marker, ls=dashes, lw=1.5, ms=7, mfc="none"))
-        seen[name] += 1
-    return out
+def looks(runs: list[Run]) -> list[dict]:
+    """How each run's curve is drawn: colour and marker by condition, dashes for several runs of one. Markers are hollow, so
+    that curves that coincide are all seen."""
+    import analyze
+    drawn = Counter()
+    styles = []
+    for run in runs:
+        condition = run.condition()
+        dashes = ("-", "--", ":", "-.")[drawn[condition] % 4]
+        styles.append(dict(analyze.look(condition), linestyle=dashes, linewidth=1.5, markersize=7, markerfacecolor="none"))
+        drawn[condition] += 1
+    return styles
 
 
-def panels(rows: int, cols: int, size: tuple):
-    import matplotlib                                           # here, because it takes half a second to import
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    return figure, axes
-
-
-def picture(run: Run, task: str, figure) -> None:
-    import matplotlib.pyplot as plt
-    path = run.folder / f"eval_{task}.png"
-    with replacing(path) as f:
-        figure.savefig(f, format="png", dpi=110)
-    plt.close(figure)
-    print(f"-> {path}")
+def legend_below(figure, ax, title: str | None = None) -> None:
+    """One legend for all panels, below them."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, title=title)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,111 +460,163 @@ def picture(run: Run, task: str, figure) -> None:
 CURVES = {"row": "bpb_by_position", "document": "bpb_by_document_position"}
 
 
-def position_table(runs, results, where: str) -> None:
-    curves = [dict(zip(r[CURVES[where]]["positions"], r[CURVES[where]]["bpb"])) for r in results]
-    lines = [[p] + [c.get(p) for c in curves] for p in sorted(set().union(*curves))]
-    lines += [["all"] + [r["val_bpb"] for r in results]]
-    table([f"position in the {where}"] + [run.label for run in runs], lines)
+def print_by_position(runs: list[Run], results: list[dict], where: str) -> None:
+    """Bits per byte of every bucket, a column a run. where: "row" or "document"."""
+    curves = []
+    for r in results:
+        curve = r[CURVES[where]]
+        curves.append(dict(zip(curve["positions"], curve["bpb"])))
+    rows = []
+    for position in sorted(set().union(*curves)):
+        rows.append([position, *(curve.get(position) for curve in curves)])
+    rows.append(["all", *(r["val_bpb"] for r in results)])
+    print_table([f"position in the {where}", *(run.label for run in runs)], rows)
 
 
-def position_picture(task, runs, results, most=32):
-    """Both curves, in at most so many points. The longest documents are few: where they end is noise, and not drawn."""
-    figure, axes = panels(1, 2, (9.5, 3.8))
-    value, label = ("loss", "loss (nats a token)") if task == "ood" else ("bpb", "bits per byte")
+def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list]:
+    """At most `most` points of a curve -> positions (the middle of a bucket, in tokens), values of the quantity.
+
+    Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left out.
+    """
+    sums = torch.tensor([curve["nats"], curve["bytes"], curve["targets"]], dtype=torch.float64)
+    narrow = curve["bucket"]
+    together = math.ceil(sums.size(1) / most)
+    wide = buckets(sums, together)
+    enough = 0.001 * sums[1].sum().item()
+
+    positions = []
+    values = []
+    for first, value, size in zip(wide["positions"], wide[quantity], wide["bytes"]):
+        if size > enough:
+            positions.append((first + together / 2) * narrow)
+            values.append(value)
+    return positions, values
+
+
+def draw_by_position(task: str, runs: list[Run], results: list[dict]) -> None:
+    """Two panels: by position in the row and in the document."""
+    import analyze
+    figure, axes = analyze.panels(1, 2, (9.5, 3.8))
+    quantity = "loss" if task == "ood" else "bpb"
+    unit = "loss (nats a token)" if task == "ood" else "bits per byte"
     for ax, (where, key) in zip(axes[0], CURVES.items()):
-        for run, r, look in zip(runs, results, looks(runs)):
-            sums = torch.tensor([r[key][name] for name in ("nats", "bytes", "targets")], dtype=torch.float64)
-            b, enough = buckets(sums, -(-sums.size(1) // most)), 0.001 * sums[1].sum()
-            points = [((p + b["bucket"] / 2) * r[key]["bucket"], v)
-                      for p, v, size in zip(b["positions"], b[value], b["bytes"]) if size > enough]
-            ax.plot(*zip(*points), label=run.label, **look)
+        for run, r, style in zip(runs, results, looks(runs)):
+            positions, values = curve_points(r[key], quantity)
+            ax.plot(positions, values, label=run.label, **style)
             if task == "extend":
                 ax.axvline(run.cfg.max_seq_len, color="gray", lw=1, ls=":")
-        ax.set(xlabel=f"position in the {where} (tokens)", ylabel=label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
-                  title="dotted: training length" if task == "extend" else None)
-    picture(runs[0], task, figure)
+        ax.set(xlabel=f"position in the {where} (tokens)", ylabel=unit)
+    legend_below(figure, axes[0, 0], title="dotted: training length" if task == "extend" else None)
+    save_picture(runs[0], task, figure)
 
 
-def task_bpb(runs, opts):
-    """Whole rows, by the function that training uses; `position` gets the same number through the state."""
+def task_bpb(runs: list[Run], opts: Options) -> None:
+    """Whole rows, by the function that training uses. `position` gets the same number through the state."""
     results = []
     for run in runs:
-        corpus, digest = run.corpus(), hashlib.sha256()
+        corpus = run.corpus()
         cfg = replace(run.cfg, eval_tokens=opts.tokens or run.cfg.eval_tokens)
+        digest = hashlib.sha256()
         for x, y, _ in corpus.eval_batches(cfg.max_seq_len, 64, cfg.eval_tokens or None):
             add_tokens(digest, x, y)
-        results.append(dict(tokens_sha256=digest.hexdigest(), **evaluate_bpb(run.model, corpus, cfg)))
-        save(run, "bpb", results[-1])
-    lines = [[run.label, r["val_bpb"], r["val_loss"]] for run, r in zip(runs, results)]
-    table(["run", "bits per byte", "nats a token"], lines)
-    same_tokens(results)
+        result = dict(tokens_sha256=digest.hexdigest(), **evaluate_bpb(run.model, corpus, cfg))
+        save_result(run, "bpb", result)
+        results.append(result)
+    rows = [[run.label, r["val_bpb"], r["val_loss"]] for run, r in zip(runs, results)]
+    print_table(["run", "bits per byte", "nats a token"], rows)
+    note_other_tokens(results)
 
 
-def task_position(runs, opts):
+def task_position(runs: list[Run], opts: Options) -> None:
+    """Bits per byte by position, on rows of the training length."""
     results = []
     for run in runs:
-        length, tokens = opts.length or run.cfg.max_seq_len, opts.tokens or run.cfg.eval_tokens
-        results.append(measure(run, run.corpus(), length, tokens, opts.bucket, opts.piece)[0])
-        save(run, "position", results[-1])
+        tokens = opts.tokens or run.cfg.eval_tokens
+        result, _ = measure(run, run.corpus(), run.cfg.max_seq_len, tokens, opts.bucket)
+        save_result(run, "position", result)
+        results.append(result)
     print("bits per byte")
     for where in CURVES:
-        position_table(runs, results, where)
-    same_tokens(results)
-    position_picture("position", runs, results)
+        print_by_position(runs, results, where)
+    note_other_tokens(results)
+    draw_by_position("position", runs, results)
 
 
-def task_extend(runs, opts):
-    """One pass over the longest rows measures every shorter context too: the model is causal."""
-    results, lines = [], []
+def span_ends(L: int, factor: int) -> list[int]:
+    """Where the spans of a row of factor training lengths end: L, 2L, 4L, ... and factor·L."""
+    ends = [L * 2**i for i in range(factor.bit_length())]
+    if ends[-1] < factor * L:
+        ends.append(factor * L)
+    return ends
+
+
+def task_extend(runs: list[Run], opts: Options) -> None:
+    """Bits per byte beyond the training length. One pass over the longest rows measures every shorter context too,
+    because the model is causal."""
+    results = []
+    rows = []
     for run in runs:
-        corpus, L, factor = run.corpus(), run.cfg.max_seq_len, opts.factor
+        # The longest rows for which there is text
+        corpus = run.corpus()
+        L = run.cfg.max_seq_len
+        factor = opts.factor
         while factor > 1 and not has_rows(corpus, factor * L):
             factor -= 1
         if factor < opts.factor:
             print(f"note: {corpus.name} has validation text for rows of {factor}, not {opts.factor} training lengths")
-        result, sums = measure(run, corpus, factor * L, opts.rows * factor * L, opts.bucket, opts.piece)
-        ends = sorted({L * 2 ** i for i in range(factor.bit_length())} | {factor * L})
-        spans = [dict(start=a, end=b, bpb=bpb(sums[0][:, a:b]) if b <= result["reached"] else None)
-                 for a, b in zip([0, *ends], ends)]
-        results.append(result | dict(spans=spans))
-        save(run, "extend", results[-1])
-        lines += [[run.label, f"{s['start']}-{s['end']}", f"{s['end'] // L}x", s["bpb"]] for s in spans]
-        lines += [[run.label, f"from {result['reached']}", "limit", result["limit"]]] if result["limit"] else []
-    table(["run", "tokens", "training length", "bits per byte"], lines)
-    same_tokens(results)
-    position_picture("extend", runs, results)
+        result, sums = measure(run, corpus, factor * L, opts.rows * factor * L, opts.bucket)
+
+        # A span that was not read to its end has no number.
+        spans = []
+        ends = span_ends(L, factor)
+        for start, end in zip([0, *ends], ends):
+            bpb = bpb_of(sums[:, start:end]) if end <= result["reached"] else None
+            spans.append(dict(start=start, end=end, bpb=bpb))
+            rows.append([run.label, f"{start}-{end}", f"{end // L}x", bpb])
+        if result["limit"]:
+            rows.append([run.label, f"from {result['reached']}", "limit", result["limit"]])
+        result["spans"] = spans
+        save_result(run, "extend", result)
+        results.append(result)
+    print_table(["run", "tokens", "training length", "bits per byte"], rows)
+    note_other_tokens(results)
+    draw_by_position("extend", runs, results)
 
 
-def task_ood(runs, opts):
-    results, dataset = [], opts.dataset or "simplewiki"
+def task_ood(runs: list[Run], opts: Options) -> None:
+    """Loss by position on a corpus that the model has not seen ("out of distribution"), in the model's own tokens."""
+    results = []
     for run in runs:
         tokenizer = run.cfg.tokenizer
         if tokenizer.startswith("bpe") and "@" not in tokenizer:
-            tokenizer += f"@{run.cfg.dataset}"                  # the tokens that the model has learned
-        corpus = load_corpus(dataset, tokenizer)
-        length, tokens = opts.length or run.cfg.max_seq_len, opts.tokens or run.cfg.eval_tokens
-        result, _ = measure(run, corpus, length, tokens, opts.bucket // 4, opts.piece)
-        results.append(result | dict(ood_dataset=dataset, ood_sha256=corpus.sha256))
-        save(run, "ood", results[-1])
-    print(f"bits per byte on {dataset}")
-    position_table(runs, results, "row")
-    same_tokens(results)
-    position_picture("ood", runs, results)
+            tokenizer += f"@{run.cfg.dataset}"
+        corpus = load_corpus(opts.dataset, tokenizer)
+        tokens = opts.tokens or run.cfg.eval_tokens
+        result, _ = measure(run, corpus, run.cfg.max_seq_len, tokens, opts.bucket // 4)
+        result.update(ood_dataset=opts.dataset, ood_sha256=corpus.sha256)
+        save_result(run, "ood", result)
+        results.append(result)
+    print(f"bits per byte on {opts.dataset}")
+    print_by_position(runs, results, "row")
+    note_other_tokens(results)
+    draw_by_position("ood", runs, results)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # niah: needle in a haystack
 
 def draw_keys(encoding, needle: str, pairs: int, seed: int) -> tuple[list, list, Tensor]:
-    """-> the tokens before and after the key, and 2·pairs keys (2·pairs,n) of equally many tokens"""
+    """-> the tokens before and after the key, and keys (2·pairs,n) of equally many tokens"""
     before, _, after = needle.partition("{key}")
-    space = " " if before.endswith(" ") else ""                 # a space belongs to the token that follows it
+    space = " " if before.endswith(" ") else ""  # a space belongs to the token that follows it
+    before = before.removesuffix(" ")
+
+    # Six digits can be several numbers of tokens; the most common number is taken.
     draws = np.random.default_rng(seed).choice(900_000, 40 * pairs, replace=False) + 100_000
     keys = [encode(encoding, f"{space}{number}").tolist() for number in draws]
     n = Counter(map(len, keys)).most_common(1)[0][0]
-    before, after = (encode(encoding, part).tolist() for part in (before.removesuffix(" "), after))
-    return before, after, torch.tensor([k for k in keys if len(k) == n][:2 * pairs])
+    keys = [key for key in keys if len(key) == n]
+    return encode(encoding, before).tolist(), encode(encoding, after).tolist(), torch.tensor(keys[:2 * pairs])
 
 
 def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> Tensor:
@@ -484,219 +624,323 @@ def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> T
     question = torch.tensor(before)
     needle = torch.cat([question, key, torch.tensor(after, dtype=torch.int64)])
     room = len(hay) - len(needle) - len(question) - len(key)
-    at = 1 + round(depth * (room - 1))                          # the end-of-text token that leads a row stays first
-    return torch.cat([hay[:at], needle, hay[at:room], question])
+    place = 1 + round(depth * (room - 1))  # the end-of-text token that leads a row stays first
+    return torch.cat([hay[:place], needle, hay[place:room], question])
 
 
-def ask(run: Run, piece: int, prompt: Tensor, key: Tensor, wrong: Tensor) -> Tensor:
+def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """How well `answer` (rows,n) continues a text that was read to `state`, its last logits being (rows,1,V)
+    -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,) as 0 or 1; float64."""
+    after = [logits for _, logits, _ in read(run, answer[:, :-1], state)]
+    log_p = torch.cat([logits, *after], 1).log_softmax(-1)                              # (rows,n,V)
+    target = answer.to(log_p.device)
+    log_p_answer = log_p.gather(-1, target[..., None]).double().sum((1, 2))
+    spelled = (log_p.argmax(-1) == target).all(1).double()
+    return log_p_answer, spelled
+
+
+def ask(run: Run, prompt: Tensor, key: Tensor, wrong: Tensor) -> Tensor:
     """-> (rows,3): log p of the key, of the wrong key, and whether the likeliest tokens spell the key"""
-    for _, logits, state in read(run, prompt, piece):
-        pass
-    scores = []
-    for answer in (key, wrong):                                 # both go on from one state, which nothing changes
-        after = [l for _, l, _ in read(run, answer[:, :-1], piece, state)]
-        logp = torch.cat([logits[:, -1:], *after], 1).log_softmax(-1)                   # (rows,n,vocab)
-        target = answer.to(logp.device)
-        scores.append(logp.gather(-1, target[..., None]).double().sum((1, 2)))
-        if answer is key:
-            exact = (logp.argmax(-1) == target).all(1).double()
-    return torch.stack([*scores, exact], 1).cpu()
+    logits, state = read_to_end(run, prompt)
+    # Both answers go on from one state, which nothing changes.
+    log_p_key, spelled = score(run, logits[:, -1:], state, key)
+    log_p_wrong, _ = score(run, logits[:, -1:], state, wrong)
+    return torch.stack([log_p_key, log_p_wrong, spelled], 1).cpu()
 
 
 def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dict:
-    """Keys come in pairs: both are hidden in the same text, each is the other's wrong key, and their margins are
-    averaged. So a model that remembers nothing has a margin of 0, whichever number it prefers."""
+    """One length and one depth. Keys come in pairs: both are hidden in the same text, each is the other's wrong key, and
+    their margins are averaged. So a model that remembers nothing has a margin of 0, whichever number it prefers."""
     before, after, keys = draw_keys(corpus.encoding, opts.needle, opts.pairs, opts.seed)
+    cell = dict(length=length, depth=depth)
     if length < 2 * (len(before) + keys.size(1)) + len(after) + 1:
-        return dict(length=length, depth=depth, limit="needle does not fit")
+        return dict(cell, limit="needle does not fit")
     if not has_rows(corpus, length):
-        return dict(length=length, depth=depth, limit="too little validation text")
-    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        return dict(cell, limit="too little validation text")
+
+    # A row of text for each pair; where text is short, a row serves several pairs.
     hay = torch.cat([x for x, *_ in corpus.eval_batches(length, opts.pairs, opts.pairs * length)])
-    hay = hay[torch.arange(len(keys)) // 2 % len(hay)]          # where text is short, a row serves several pairs
-    prompt = torch.stack([hide(row, depth, before, after, key) for row, key in zip(hay, keys)])
-    batches = zip(*(t.split(run.rows_at_once()) for t in (prompt, keys, wrong)))
+    pair = torch.arange(len(keys)) // 2
+    prompts = [hide(row, depth, before, after, key) for row, key in zip(hay[pair % len(hay)], keys)]
+    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    scores = []
+    n = run.rows_at_once(run.cfg.max_seq_len)
     try:
-        scores = torch.cat([by_halves(lambda *rows: ask(run, opts.piece, *rows), *batch) for batch in batches])
+        for batch in zip(torch.stack(prompts).split(n), keys.split(n), wrong.split(n)):
+            scores.append(by_halves(partial(ask, run), *batch))
     except FAILURES as e:
-        return dict(length=length, depth=depth, limit=limit(e))
-    margins = (scores[:, 0] - scores[:, 1]).view(-1, 2).mean(1)                         # (pairs,)
-    return dict(length=length, depth=depth, exact=scores[:, 2].mean(), margin=margins.mean(), margins=margins,
-                margin_error=margins.std() / len(margins) ** 0.5, log_p_key=scores[:, 0].mean())
+        return dict(cell, limit=limit(e))
+    log_p_key, log_p_wrong, spelled = torch.cat(scores).unbind(1)
+    margins = (log_p_key - log_p_wrong).view(-1, 2).mean(1)                             # (pairs,)
+    return dict(cell, exact=spelled.mean(), margin=margins.mean(), margins=margins,
+                margin_error=margins.std() / len(margins) ** 0.5, log_p_key=log_p_key.mean())
 
 
-def task_niah(runs, opts):
-    depths = numbers("depths", opts.depths, "float", 0, 1)
-    if "{key}" not in opts.needle or not opts.needle.partition("{key}")[0].strip():
-        raise UserError(f"--needle={opts.needle!r}: expected text, then {{key}} where the key goes")
+def cell_text(cell: dict) -> str:
+    """How the table shows a cell."""
+    if "limit" in cell:
+        return cell["limit"][:20]
+    if cell["margin"] is None:
+        return "not finite"
+    return f"{cell['margin']:+.2f} ±{cell['margin_error']:.2f} {cell['exact']:4.0%}"
+
+
+def task_niah(runs: list[Run], opts: Options) -> None:
+    """Margin and exact match at every length and depth."""
+    depths = opts.needle_depths()
     results = []
     for run in runs:
-        L, corpus = run.cfg.max_seq_len, run.corpus()
-        lengths = numbers("lengths", opts.lengths, "int", 1, 10 ** 9) if opts.lengths else [L // 2, L, 2 * L, 4 * L]
-        cells = [plain(niah_cell(run, corpus, length, depth, opts)) for length in lengths for depth in depths]
-        results.append(dict(needle=opts.needle, keys_seed=opts.seed, lengths=lengths, depths=depths, cells=cells))
-        save(run, "niah", results[-1])
+        L = run.cfg.max_seq_len
+        corpus = run.corpus()
+        lengths = opts.needle_lengths(L)
+        cells = []
+        rows = []
+        for length in lengths:
+            line = [plain(niah_cell(run, corpus, length, depth, opts)) for depth in depths]
+            cells.extend(line)
+            rows.append([length, *map(cell_text, line)])
+        result = dict(needle=opts.needle, keys_seed=opts.seed, lengths=lengths, depths=depths, cells=cells)
+        save_result(run, "niah", result)
+        results.append(result)
         print(f"{run.label}: margin in nats ± standard error of {opts.pairs} pairs, exact match; trained at {L} tokens")
-        text = [c["limit"][:20] if "limit" in c else "not finite" if c["margin"] is None else
-                f"{c['margin']:+.2f} ±{c['margin_error']:.2f} {c['exact']:4.0%}" for c in cells]
-        table(["tokens \\ depth"] + [f"{d:g}" for d in depths],
-              [[n, *text[i * len(depths):(i + 1) * len(depths)]] for i, n in enumerate(lengths)])
-    niah_picture(runs, results, opts.pairs)
+        print_table(["tokens \\ depth", *(f"{depth:g}" for depth in depths)], rows)
+    draw_niah(runs, results, opts.pairs)
 
 
-def niah_picture(runs, results, pairs):
-    cols, rows = min(3, len(runs)), -(-len(runs) // 3)
-    height = (1 + 0.5 * max(len(r["lengths"]) for r in results)) * rows + 0.4
-    figure, axes = panels(rows, cols, (1.2 + 3.6 * cols, height))
-    margins = [np.array([c.get("margin") for c in r["cells"]], float) for r in results]             # None becomes nan
-    top = np.nanmax(np.abs(np.concatenate(margins + [[1.0]])))    # at least a nat, so that noise stays pale
+def draw_niah(runs: list[Run], results: list[dict], pairs: int) -> None:
+    """A map of lengths and depths for each run: the colour is the margin."""
+    import analyze
+    cols = min(3, len(runs))
+    rows = math.ceil(len(runs) / 3)
+    most_lengths = max(len(r["lengths"]) for r in results)
+    figure, axes = analyze.panels(rows, cols, (1.2 + 3.6 * cols, (1 + 0.5 * most_lengths) * rows + 0.4))
     for ax in axes.flat[len(runs):]:
         ax.set_visible(False)
-    for ax, run, r, margin in zip(axes.flat, runs, results, margins):
-        ns, ds = r["lengths"], r["depths"]
-        image = ax.imshow(margin.reshape(len(ns), len(ds)), cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
-        for i, c in enumerate(r["cells"]):
-            text = "limit" if "limit" in c else f"{round(margin[i], 1) + 0:+.1f}\n{c['exact']:.0%}"
-            ax.text(i % len(ds), i // len(ds), text, ha="center", va="center", fontsize=8,
-                    color="white" if abs(margin[i]) > 0.6 * top else "black")
-        ax.set(xticks=range(len(ds)), xticklabels=[f"{d:g}" for d in ds], xlabel="depth (share of the text)",
-               yticks=range(len(ns)), yticklabels=[f"{n:,}{'*' * (n == run.cfg.max_seq_len)}" for n in ns],
-               title=run.label)
-        ax.grid(False)
+
+    # One scale for all: at least a nat, so that noise stays pale. A cell without a margin is nan.
+    margins = [np.array([cell.get("margin") for cell in r["cells"]], dtype=float) for r in results]
+    top = np.nanmax(np.abs(np.concatenate([*margins, [1.0]])))
+    for i, (run, r) in enumerate(zip(runs, results)):
+        image = draw_cells(axes.flat[i], run, r, margins[i], top)
     for ax in axes[:, 0]:
         ax.set_ylabel("length (tokens; * trained)")
     figure.colorbar(image, ax=axes, label="margin (nats)")
     figure.suptitle(f"margin in nats, exact match in %, over {pairs} pairs of keys", fontsize=10)
-    picture(runs[0], "niah", figure)
+    save_picture(runs[0], "niah", figure)
+
+
+def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
+    """One run's map, the margin and the exact match written into each cell -> the image, for the colour bar."""
+    lengths = result["lengths"]
+    depths = result["depths"]
+    image = ax.imshow(margin.reshape(len(lengths), len(depths)), cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+    for i, cell in enumerate(result["cells"]):
+        text = "limit"
+        if "limit" not in cell:
+            text = f"{round(margin[i], 1) + 0:+.1f}\n{cell['exact']:.0%}"  # + 0: no minus before a zero
+        row, column = divmod(i, len(depths))
+        colour = "white" if abs(margin[i]) > 0.6 * top else "black"
+        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+
+    names = [f"{n:,}*" if n == run.cfg.max_seq_len else f"{n:,}" for n in lengths]
+    ax.set(xticks=range(len(depths)), xticklabels=[f"{depth:g}" for depth in depths], xlabel="depth (share of the text)",
+           yticks=range(len(lengths)), yticklabels=names, title=run.label)
+    ax.grid(False)
+    return image
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # attention: what the last position looks at (figures 12, 13 and 15)
 
-def last_attended(layer, T: int, rmt: bool, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
-    """Where the layer looks from position T-1, out of what it is given there: x (B,1,C) and all that it remembers.
+RECENT = 16  # tokens that count as recent
 
-    -> attention to what has no position, learned slots and rmt's read memory (B,H), and to each token (B,H,T); together
-    they sum to one.
+
+def one_hot_values(k: Tensor) -> Tensor:
+    """The identity as values: for each of the keys k (B,H,keys,D) a vector of its own, so that attention over them returns
+    its weights. float64."""
+    B, H, n, _ = k.shape
+    return torch.eye(n, dtype=torch.float64, device=k.device).expand(B, H, n, n)
+
+
+def last_weights(layer, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
+    """Where an attention layer looks from the last token of x (B,T,C), having seen `state` before -> the share of what has
+    no position, learned slots and rmt's read memory (B,H), and of each visible token (B,H,tokens), the last being its own.
     """
     if isinstance(layer, ContextualMemory):
-        k, _ = layer.key(x, state.k_bar)
-        w = (k.double() @ state.k.double().mT).softmax(-1)[:, :, 0]     # (B,H,T-1) strict past; keys carry the scale
-        return w.new_zeros(w.shape[:2]), F.pad(w, (0, 1))
-    q, k, _ = layer.project(x, ve)
-    state = getattr(state, "local", state)                      # of knn's two parts the window
-    if layer.theta:
-        q, k = (rotary(t, state.pos[None].to(t.device), layer.theta) for t in (q, k))
-    k, _, n_free = layer.with_slots(extend(state.k, k), extend(state.v, k))
-    k = k.repeat_interleave(layer.H // layer.Hkv, 1)
-    score = q.double() @ k.double().mT * layer.D ** -0.5        # (B,H,1,keys), float64: autocast leaves that alone
-    if layer.slopes is not None:
-        j = torch.arange(k.size(2), device=k.device)
-        score = score - layer.slopes[:, None, None] * torch.where(j < n_free, 0, k.size(2) - 1 - j)
-    w = score.softmax(-1)[:, :, 0]
-    m = n_free if rmt else n_free - layer.n_free                # other free keys are the sequence's first tokens
-    positions = torch.arange(T - w.size(-1) + m, T)
-    if len(positions) < T and not rmt:
-        positions[:layer.n_free] = torch.arange(layer.n_free)
-    tokens = w.new_zeros(*w.shape[:2], T)
-    tokens[..., positions] = w[..., m:]
-    return w[..., :m].sum(-1), tokens
+        k, _ = layer.key(x, None if state is None else state.k_bar)
+        keys = k if state is None else extend(state.k, k)
+        past = keys[:, :, :-1].double()  # a token does not see itself
+        weights = attend(keys[:, :, -1:].double(), past, one_hot_values(past), scale=1.0)[:, :, 0]
+        return weights.new_zeros(weights.shape[:2]), F.pad(weights, (0, 1))
+
+    q, k, v = layer.project(x, ve)
+    state = getattr(state, "local", state)  # of knn's two parts the window
+    if layer.theta is not None:
+        start = 0 if state is None else int(state.pos)
+        positions = torch.arange(start, start + x.size(1), device=x.device)
+        q = rotary(q, positions, layer.theta)
+        k = rotary(k, positions, layer.theta)
+    if state is not None:
+        k = extend(state.k, k)
+        v = extend(state.v, v)
+    k, _, n_free = layer.with_slots(k, v)
+    weights = attend(q.double(), k.double(), one_hot_values(k), layer.window, n_free, layer.slopes)[:, :, -1]
+    return weights[..., :n_free].sum(-1), weights[..., n_free:]
 
 
-def attention_at(run: Run, x: Tensor, piece: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """layer -> attention to memory (H,) and to tokens (H,T), summed over the rows of x (B,T). All but the last token
-    are read, then that one alone, while a hook looks at what every attention layer is given."""
-    out, state = {}, None
-    for _, _, state in read(run, x[:, :-1], piece):
-        pass
+def attention_layers(run: Run) -> list[tuple[int, torch.nn.Module]]:
+    """Index and mixer of every layer that attends."""
+    blocks = [module for module in run.model.modules() if isinstance(module, Block)]
+    return [(i, block.mixer) for i, block in enumerate(blocks) if isinstance(block.mixer, (Attention, ContextualMemory))]
+
+
+def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
+    """layer -> where the last position of the rows x (B,T) looks, summed over the rows: (H,1+T), column 0 what has no
+    position, column 1+t token t. All tokens but the last are read, then that one alone, while a hook looks at what every
+    attention layer is given."""
+    T = x.size(1)
+    out = {}
 
     def look(i, layer, given):
-        out[i] = tuple(t.sum(0).cpu() for t in last_attended(layer, x.size(1), run.cfg.memory == "rmt", *given))
+        memory, tokens = last_weights(layer, *given)
+        tokens = F.pad(tokens, (T - tokens.size(-1), 0))  # tokens out of the window get 0
+        out[i] = torch.cat([memory[..., None], tokens], -1).sum(0).cpu()
 
+    _, state = read_to_end(run, x[:, :-1])
     hooks = [mixer.register_forward_pre_hook(partial(look, i)) for i, mixer in attention_layers(run)]
     try:
-        list(read(run, x[:, -1:], piece, state))
+        read_to_end(run, x[:, -1:], state)
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
     return out
 
 
-def attention_layers(run: Run) -> list:
-    mixers = enumerate(block.mixer for block in run.model.modules() if isinstance(block, Block))
-    return [(i, mixer) for i, mixer in mixers if isinstance(mixer, (Attention, ContextualMemory))]
+def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[dict]:
+    """Every attention layer's shares per head, the mean of rows of `length` tokens; and λ where it is a mosaic's layer."""
+    total = {}
+    n = 0
+    for x, *_ in corpus.eval_batches(length, run.rows_at_once(length), sequences * length):
+        for i, shares in attention_at(run, x).items():
+            total[i] = total.get(i, 0) + shares
+        n += len(x)
+
+    profiles = []
+    mixers = dict(attention_layers(run))
+    for i, shares in total.items():
+        leak = None
+        if isinstance(mixers[i], ContextualMemory):
+            leak = torch.exp(-EXP_SPEEDUP * mixers[i].key.leak.detach().abs()).cpu()    # λ (H,)
+        profiles.append(dict(layer=i, length=length, sequences=n, leak=leak, memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
+    return profiles
 
 
-RECENT = 16
+def attention_row(found: dict) -> list:
+    """A layer's line in the table: means over its heads."""
+    leaks = None
+    if found["leak"] is not None:
+        leaks = f"{found['leak'].min():.3f} {found['leak'].max():.3f}"
+    profile = found["profile"].mean(0)
+    return [found["layer"], found["length"], found["memory"].mean().item(), profile[0].item(),
+            profile[-RECENT:].sum().item(), leaks]
 
 
-def task_attention(runs, opts):
+def task_attention(runs: list[Run], opts: Options) -> None:
+    """Shares of the last position's attention at the training length and at three times that."""
     for run in runs:
-        corpus, L, found, limits = run.corpus(), run.cfg.max_seq_len, [], {}
-        leaks = {i: torch.exp(-EXP_SPEEDUP * m.key.leak.detach().abs()).cpu() for i, m in attention_layers(run)
-                 if hasattr(m, "key")}                          # λ
+        corpus = run.corpus()
+        L = run.cfg.max_seq_len
+        found = []
+        limits = {}
         for length in (L, 3 * L):
-            total, n = {}, 0
             try:
-                rows = max(1, run.rows_at_once() * L // length)
-                for x, *_ in corpus.eval_batches(length, rows, opts.sequences * length):
-                    for i, sums in attention_at(run, x, opts.piece).items():
-                        total[i] = [a + b for a, b in zip(total.get(i, (0, 0)), sums)]
-                    n += len(x)
-                found += [dict(layer=i, length=length, sequences=n, leak=leaks.get(i), memory=memory / n,
-                               profile=profile / n) for i, (memory, profile) in total.items()]
+                found += attention_profiles(run, corpus, length, opts.sequences)
             except FAILURES as e:
                 limits[length] = limit(e)
                 print(f"{run.label} at {length} tokens: {limits[length]}")
-        save(run, "attention", dict(layers=found, limits=limits))
-        if not found:
-            print(f"{run.label}: no layer of it attends" if not limits else f"{run.label}: nothing to show")
-            continue
-        print(f"{run.label}: share of the last position's attention, mean of heads and {found[0]['sequences']} rows")
-        table(["layer", "tokens", "memory", "first token", f"last {RECENT} tokens", "leaky λ, least and most"],
-              [[f["layer"], f["length"], f["memory"].mean().item(), f["profile"][:, 0].mean().item(),
-                f["profile"][:, -RECENT:].sum(-1).mean().item(),
-                None if f["leak"] is None else f"{f['leak'].min():.3f} {f['leak'].max():.3f}"] for f in found])
-        attention_picture(run, found)
+        save_result(run, "attention", dict(layers=found, limits=limits))
+
+        if not attention_layers(run):
+            print(f"{run.label}: no layer of it attends")
+        elif not found:
+            print(f"{run.label}: nothing to show")
+        else:
+            n = found[0]["sequences"]
+            print(f"{run.label}: share of the last position's attention, mean of heads and {n} rows")
+            print_table(["layer", "tokens", "memory", "first token", f"last {RECENT} tokens", "leaky λ, least and most"],
+                        list(map(attention_row, found)))
+            draw_attention(run, found)
 
 
-def attention_picture(run, found):
+def draw_attention(run: Run, found: list[dict]) -> None:
     """A row a layer (at most four of them), a column a length; for layers of the mosaic also λ and recent attention."""
-    from matplotlib import colormaps
-    layers, lengths = (sorted({f[name] for f in found}) for name in ("layer", "length"))
+    import analyze
+    # Four layers spread over the depth
+    layers = sorted({f["layer"] for f in found})
     layers = sorted({layers[round(i * (len(layers) - 1) / 3)] for i in range(4)})
+    lengths = sorted({f["length"] for f in found})
     mosaic = any(f["leak"] is not None for f in found)
-    rows, cols = len(layers), len(lengths) + mosaic
-    figure, axes = panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
-    for f in (f for f in found if f["layer"] in layers):
-        row, (heads, T), leaky = axes[layers.index(f["layer"])], f["profile"].shape, f["leak"] is not None
-        ax, shade = row[lengths.index(f["length"])], f["leak"] if leaky else torch.arange(heads) / heads
-        colours = [colormaps["viridis"](0.9 * s) for s in shade.tolist()]
-        width = max(1, T // 96)                                 # neighbouring positions are averaged for the eye
-        shown = f["profile"][:, T % width:].view(heads, -1, width).mean(-1)
-        shown[shown == 0] = math.nan                            # out of the window: no point
-        for h, memory in enumerate(f["memory"].tolist()):
-            label = f"λ = {shade[h]:.2f}" if leaky else f"head {h}" + f", memory {memory:.0%}" * (memory > 0)
-            middle = T % width + (torch.arange(shown.size(1)) + 0.5) * width
-            ax.plot(middle, shown[h], lw=1.1, color=colours[h], label=label)
-        ax.axhline(1 / T, color="black", lw=1, ls=":")
-        ax.set(yscale="log", xlim=(0, T), ylim=(0.01 / T, 1), xlabel="position attended to (tokens)",
-               ylabel="attention (share)",
-               title=f"layer {f['layer']}, {T:,} tokens{' (trained)' * (T == run.cfg.max_seq_len)}")
-        if f["length"] == lengths[0]:
-            ax.legend(fontsize=7, frameon=False, ncols=4 if leaky else 2, loc="upper left")
-            row[-1].set_visible(leaky or not mosaic)            # a hybrid's layers of attention have no λ
-        if leaky and f["length"] == lengths[0]:
-            row[-1].scatter(f["leak"], f["profile"][:, -RECENT:].sum(-1), c=colours, s=45)
-            row[-1].set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)",
-                        xlim=(-0.02, 1.02), ylim=(0, 1))
+    rows = len(layers)
+    cols = len(lengths) + mosaic
+    figure, axes = analyze.panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
+
+    for f in found:
+        if f["layer"] not in layers:
+            continue
+        row = axes[layers.index(f["layer"])]
+        column = lengths.index(f["length"])
+        colours = draw_profile(row[column], f, trained=f["length"] == run.cfg.max_seq_len)
+        if column == 0:
+            row[0].legend(fontsize=7, frameon=False, ncols=2 if f["leak"] is None else 4, loc="upper left")
+        if column == 0 and f["leak"] is not None:
+            draw_recent(row[-1], f, colours)
+        if mosaic and f["leak"] is None:
+            row[-1].set_visible(False)  # a hybrid's layers of attention have no λ
     figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)", fontsize=11)
-    picture(run, "attention", figure)
+    save_picture(run, "attention", figure)
+
+
+def draw_profile(ax, found: dict, trained: bool) -> list:
+    """Attention against the position attended to, a curve a head -> the heads' colours."""
+    from matplotlib import colormaps
+    heads, T = found["profile"].shape
+    leaky = found["leak"] is not None
+    shades = found["leak"] if leaky else torch.arange(heads) / heads
+    colours = [colormaps["viridis"](0.9 * shade) for shade in shades.tolist()]
+
+    # Neighbouring positions are averaged for the eye. What is out of the window gets no point.
+    width = max(1, T // 96)
+    shown = found["profile"][:, T % width:].view(heads, -1, width).mean(-1)
+    shown[shown == 0] = math.nan
+    middle = T % width + (torch.arange(shown.size(1)) + 0.5) * width
+    for head in range(heads):
+        memory = found["memory"][head].item()
+        label = f"λ = {shades[head]:.2f}" if leaky else f"head {head}"
+        if memory > 0:
+            label += f", memory {memory:.0%}"
+        ax.plot(middle, shown[head], lw=1.1, color=colours[head], label=label)
+
+    ax.axhline(1 / T, color="black", lw=1, ls=":")
+    title = f"layer {found['layer']}, {T:,} tokens"
+    if trained:
+        title += " (trained)"
+    ax.set(yscale="log", xlim=(0, T), ylim=(0.01 / T, 1), xlabel="position attended to (tokens)",
+           ylabel="attention (share)", title=title)
+    return colours
+
+
+def draw_recent(ax, found: dict, colours: list) -> None:
+    """What share of a head's attention is recent, against its leaky coefficient (figure 15)."""
+    recent = found["profile"][:, -RECENT:].sum(-1)
+    ax.scatter(found["leak"], recent, c=colours, s=45)
+    ax.set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)", xlim=(-0.02, 1.02), ylim=(0, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # generate
 
+# 24 prompts, separated by | and wrapped
 TABLE_1 = """Alice was so tired when she got back home so she went | Jack and Lily saw a rainbow after a rainy day.
 They were amazed by the colors. Jack said, “Look, Lily. A rainbow has | Jack and Lily liked to watch the moon at
 night. They noticed that the moon changed its shape every night. Sometimes the moon was big and round, and sometimes
@@ -722,157 +966,268 @@ so she decided to go ask around. She started walking and met a squirrel. She ask
 PROMPTS = [" ".join(prompt.split()) for prompt in TABLE_1.split("|")]
 
 
+def tells_stories(dataset: str) -> bool:
+    """Is it a corpus of children's stories: TinyStories, or a file or folder of BabiStories (its *dataset.txt)?"""
+    path = Path(dataset)
+    files = path.iterdir() if path.is_dir() else [path]
+    return "stories" in dataset.lower() or any(file.name.endswith("dataset.txt") for file in files)
+
+
+def document_beginnings(corpus, documents: int = 8, tokens: int = 120, lines: int = 3) -> list[str]:
+    """The first lines of the first validation documents, of at most so many tokens each."""
+    texts = []
+    bases = corpus.bases["val"]
+    for start in corpus.documents["val"][0].tolist():
+        # The split's tokens lie in several parts; a document lies in one of them.
+        part = int(np.searchsorted(bases, start, "right")) - 1
+        stream = corpus.parts["val"][part][start - bases[part]:]
+        beginning = stream[:tokens].tolist()
+        if corpus.eos in beginning:
+            beginning = beginning[:beginning.index(corpus.eos)]
+        text = corpus.encoding.decode(beginning, errors="ignore")  # a character may be cut
+        text = "\n".join(text.strip().splitlines()[:lines])
+        if text and text not in texts:
+            texts.append(text)
+        if len(texts) == documents:
+            break
+    return texts
+
+
+def prompts_for(run: Run, opts: Options) -> list[str]:
+    """What this run is to continue: text like that which it was trained on."""
+    if opts.prompt:
+        return list(opts.prompt)
+    if tells_stories(run.cfg.dataset):
+        return PROMPTS
+    return document_beginnings(run.corpus())
+
+
 def continuation(run: Run, corpus, prompt: str, opts: Options) -> str:
     """What the model writes after the prompt, up to an end of text or, where it has them, its last learned position."""
     device = pick_device(run.cfg)
     start = torch.tensor([[corpus.eos, *encode(corpus.encoding, prompt).tolist()]], device=device)
-    generator = torch.Generator(device).manual_seed(opts.seed)  # one a prompt: its answer doesn't depend on the others
     n = opts.new_tokens
     if run.cfg.pos == "learned" and run.cfg.memory != "rmt":
         n = max(0, min(n, run.cfg.max_seq_len - start.size(1)))
+
+    # A generator for each prompt, so that its answer does not depend on the other prompts.
+    generator = torch.Generator(device).manual_seed(opts.seed)
     with autocast(run.cfg):
-        tokens = run.model.generate(start, n, opts.temperature, opts.top_k or None, generator)
+        tokens = run.model.generate(start, n, opts.temperature, generator=generator)
     tokens = tokens[0, start.size(1):].tolist()
-    tokens = tokens[:tokens.index(corpus.eos)] if corpus.eos in tokens else tokens
-    return corpus.encoding.decode([t for t in tokens if t < corpus.vocab_size], errors="replace")
+    if corpus.eos in tokens:
+        tokens = tokens[:tokens.index(corpus.eos)]
+    known = [t for t in tokens if t < corpus.vocab_size]  # the model's vocabulary may be padded
+    return corpus.encoding.decode(known, errors="replace")
 
 
-def task_generate(runs, opts):
-    prompts, width = opts.prompt or PROMPTS, max(len(run.label) for run in runs) + 4
-    texts = [[continuation(run, run.corpus(), prompt, opts) for prompt in prompts] for run in runs]
-    for prompt, *answers in zip(prompts, *texts):
+def task_generate(runs: list[Run], opts: Options) -> None:
+    """Continuations, those of several runs below each other."""
+    answers = []
+    for run in runs:
+        corpus = run.corpus()
+        texts = {prompt: continuation(run, corpus, prompt, opts) for prompt in prompts_for(run, opts)}
+        answers.append(texts)
+        save_result(run, "generate", dict(new_tokens=opts.new_tokens, temperature=opts.temperature, sampling_seed=opts.seed,
+                                          texts=[dict(prompt=prompt, text=text) for prompt, text in texts.items()]))
+
+    width = max(len(run.label) for run in runs) + 4
+    prompts = dict.fromkeys(prompt for texts in answers for prompt in texts)
+    for prompt in prompts:
         print("\n" + textwrap.fill(prompt, 110))
-        for run, text in zip(runs, answers):
-            print(textwrap.fill(text.strip() or "(nothing)", 110, initial_indent=f"  {run.label}:".ljust(width),
-                                subsequent_indent=" " * width))
-    settings = dict(new_tokens=opts.new_tokens, temperature=opts.temperature, top_k=opts.top_k, sampling_seed=opts.seed)
-    for run, answers in zip(runs, texts):
-        save(run, "generate", settings | dict(texts=[dict(prompt=p, text=t) for p, t in zip(prompts, answers)]))
+        for run, texts in zip(runs, answers):
+            if prompt in texts:
+                text = texts[prompt].strip() or "(nothing)"
+                label = f"  {run.label}:".ljust(width)
+                print(textwrap.fill(text, 110, initial_indent=label, subsequent_indent=" " * width))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # speed
 
+DECODED = 32  # tokens read one by one at each length; their median time counts
+
+
 def clock(device) -> float:
+    """Seconds, after what the GPU still had to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def give_back(device) -> None:
+def free_memory(device) -> None:
     """Hands freed memory back to the system, so that the next model's peak is its own."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        trim and trim(0)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
+        if trim is not None:
+            trim(0)
+
+
+def median_ms(run: Run, token: Tensor, state) -> float:
+    """Median time in ms to read one token (1,1), of several that are read one by one after `state`."""
+    device = pick_device(run.cfg)
+    times = []
+    for _ in range(DECODED):
+        began = clock(device)
+        _, state = read_to_end(run, token, state)
+        times.append(1000 * (clock(device) - began))
+    return median(times)
 
 
 def speed_of(run: Run, opts: Options) -> dict:
-    """One sequence of random tokens, read up to each length; from there a few tokens one by one, which are forgotten
-    again: the state they started from is unchanged."""
-    device, L, limited = pick_device(run.cfg), min(run.cfg.max_seq_len, opts.context), None
-    tokens = torch.randint(run.cfg.vocab_size, (1, L), generator=torch.Generator().manual_seed(opts.seed)).to(device)
-    points, state, seconds, n, piece = [], None, 0.0, 0, min(opts.piece or L, L)
+    """One sequence of random tokens, read up to L, 2L, 4L, ... From each length a few tokens are read one by one. They are
+    forgotten again, because the state they started from is unchanged."""
+    device = pick_device(run.cfg)
+    L = min(run.cfg.max_seq_len, opts.context)
+    generator = torch.Generator().manual_seed(opts.seed)
+    tokens = torch.randint(run.cfg.vocab_size, (1, L), generator=generator).to(device)
+
+    points = []
+    reason = None
+    context = 0
+    seconds = 0.0
+    state = None
     try:
-        list(read(run, tokens[:, :piece], piece))               # the very first call also pays for setting up
-        give_back(device)
+        read_to_end(run, tokens)  # the very first call also pays for setting up
+        free_memory(device)
         reset_peak_memory(device)
-        for length in (L * 2 ** i for i in range((opts.context // L).bit_length())):
-            while n < length:
-                began, step = clock(device), min(piece, length - n)
-                ((_, _, state),) = read(run, tokens[:, :step], step, state)
-                seconds, n = seconds + clock(device) - began, n + step
-            points.append(dict(context=n, prefill_tokens_per_second=n / seconds, state_bytes=state_bytes(state)))
-            times, after = [], state
-            for _ in range(opts.decode):
+        for doublings in range((opts.context // L).bit_length()):
+            while context < L * 2**doublings:
                 began = clock(device)
-                ((_, _, after),) = read(run, tokens[:, :1], 1, after)
-                times.append(1000 * (clock(device) - began))
-            points[-1] |= dict(ms_per_token=median(times), **peak_memory_mib(device))
+                _, state = read_to_end(run, tokens, state)
+                seconds += clock(device) - began
+                context += L
+            point = dict(context=context, prefill_tokens_per_second=context / seconds, state_bytes=state_bytes(state))
+            points.append(point)
+            point.update(ms_per_token=median_ms(run, tokens[:, :1], state))
+            point.update(peak_memory_mib(device))
     except FAILURES as e:
-        limited = limit(e)
-    return dict(points=points, limit=limited, reached=n)
+        reason = limit(e)
+    return dict(points=points, limit=reason, reached=context)
 
 
 def untrained(run: Run, memory: str, opts: Options) -> Run:
-    """A model of the run's shape with another memory: what its weights are doesn't change how long it takes."""
+    """A model of the run's shape with another memory: what its weights are does not change how long it takes."""
+    settings = dict(vars(run.cfg), memory=memory, memory_layers="all")
+    cfg = checked(RunConfig, **settings)
     torch.manual_seed(opts.seed)
-    cfg = checked(partial(replace, run.cfg), memory=memory, memory_layers="all")
-    model = GPT(cfg.architecture())
-    return Run(run.folder, f"{memory} (untrained)", model.eval().to(pick_device(cfg)), cfg)
+    model = GPT(cfg.architecture()).eval().to(pick_device(cfg))
+    other = run._replace(model=model, cfg=cfg)
+    return other._replace(label=f"{other.condition()} (untrained)")
 
 
-def task_speed(runs, opts):
-    wanted = list(MEMORIES) if opts.memory == "all" else opts.memory.split(",") if opts.memory else []
-    for name in wanted:
-        if name not in MEMORIES:
-            raise UserError(f"--memory={name}: expected all or some of {', '.join(MEMORIES)}" + nearest(name, MEMORIES))
-    shown, lines = [], []
+def task_speed(runs: list[Run], opts: Options) -> None:
+    """What a context costs, in time and memory."""
+    measured = []
+    rows = []
     for run in runs:
         models = {}
-        for name in [None, *(name for name in wanted if name != run.cfg.memory)]:
-            subject = untrained(run, name, opts) if name else run
-            result = models[subject.label] = speed_of(subject, opts)
-            shown.append((subject._replace(model=None), result))
-            for p in result["points"]:
-                peak = p.get("peak_vram_mib") or p.get("peak_rss_mib") or math.nan
-                lines.append([subject.label, f"{p['context']:,}", f"{p['prefill_tokens_per_second']:,.0f}",
-                              p.get("ms_per_token"), f"{p['state_bytes']:,}", f"{peak:,.0f}"])
-            if result["limit"]:
-                lines.append([subject.label, f"from {result['reached']:,}", result["limit"], "", "", ""])
-        save(run, "speed", dict(models=models))
-    table(["model", "context", "prefill tokens/s", "ms a token", "state bytes", "peak MiB"], lines)
-    speed_picture(shown, runs[0])
+        for memory in [None, *opts.other_memories()]:  # None: the run itself
+            if memory == run.cfg.memory:
+                continue
+            subject = run if memory is None else untrained(run, memory, opts)
+            result = speed_of(subject, opts)
+            models[subject.label] = result
+            measured.append((subject._replace(model=None), result))  # the weights are not needed any more
+            rows += speed_rows(subject.label, result)
+        save_result(run, "speed", dict(models=models))
+    print_table(["model", "context", "prefill tokens/s", "ms a token", "state bytes", "peak MiB"], rows)
+    draw_speed(measured, runs[0])
 
 
-def short(number, _=None) -> str:
-    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e3 else f"{number:g}"
+def speed_rows(label: str, result: dict) -> list[list]:
+    """A model's lines in the table."""
+    rows = []
+    for point in result["points"]:
+        peak = point.get("peak_vram_mib") or point.get("peak_rss_mib")
+        rows.append([label, f"{point['context']:,}", f"{point['prefill_tokens_per_second']:,.0f}", point.get("ms_per_token"),
+                     f"{point['state_bytes']:,}", f"{peak:,.0f}" if peak else None])
+    if result["limit"]:
+        rows.append([label, f"from {result['reached']:,}", result["limit"], "", "", ""])
+    return rows
 
 
-def speed_picture(shown, first):
-    from matplotlib.ticker import LogLocator
-    figure, axes = panels(2, 2, (9.5, 7.2))
-    memory = (("peak_vram_mib", "peak GPU memory (MiB)") if pick_device(first.cfg).type == "cuda" else
-              ("peak_rss_mib", "peak memory of the process (MiB)"))
-    quantities = (("prefill_tokens_per_second", "prefill (tokens a second)"), ("ms_per_token", "decoding (ms a token)"),
-                  ("state_bytes", "state of one sequence (bytes)"), memory)
-    ticks = sorted({p["context"] for _, r in shown for p in r["points"]})[::2]
-    for ax, (name, label) in zip(axes.flat, quantities):
+def short(number: float, _=None) -> str:
+    """A number at an axis: 2k, 1.5M. (The second argument is matplotlib's position of the tick.)"""
+    if number >= 1e6:
+        return f"{number / 1e6:g}M"
+    if number >= 1e3:
+        return f"{number / 1e3:g}k"
+    return f"{number:g}"
+
+
+def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
+    """Four panels against the context: prefill, decoding, state, peak memory."""
+    import analyze
+    quantities = {"prefill_tokens_per_second": "prefill (tokens a second)", "ms_per_token": "decoding (ms a token)",
+                  "state_bytes": "state of one sequence (bytes)"}
+    if pick_device(first.cfg).type == "cuda":
+        quantities["peak_vram_mib"] = "peak GPU memory (MiB)"
+    else:
+        quantities["peak_rss_mib"] = "peak memory of the process (MiB)"
+
+    contexts = set()
+    for _, result in measured:
+        contexts.update(point["context"] for point in result["points"])
+    ticks = sorted(contexts)[::2]
+    names = [f"{t / 1024:g}k" if t >= 1024 else str(t) for t in ticks]
+
+    figure, axes = analyze.panels(2, 2, (9.5, 7.2))
+    for ax, (name, label) in zip(axes.flat, quantities.items()):
         ax.set(xscale="log", xlabel="context (tokens)", ylabel=label)
-        for (subject, result), look in zip(shown, looks([s for s, _ in shown])):
-            points = [(p["context"], p[name]) for p in result["points"] if name in p]
-            ax.plot(*np.array(points).reshape(-1, 2).T, label=subject.label, **look)
-            if points:
-                ax.set_yscale("log", subs=[])                   # an axis without a point can't be logarithmic
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            if points and result["limit"]:
-                ax.plot(*points[-1], "x", color=look["color"], ms=12, mew=2)
-        ax.set_xticks(ticks, [f"{t / 1024:g}k" if t >= 1024 else str(t) for t in ticks])
+        draw_quantity(ax, name, measured)
+        ax.set_xticks(ticks, names)
         ax.xaxis.minorticks_off()
         ax.yaxis.set_major_formatter(short)
-    title = "x: the model or the machine goes no further" if any(r["limit"] for _, r in shown) else None
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9,
-                  frameon=False, title=title)
-    picture(first, "speed", figure)
+    limited = any(result["limit"] for _, result in measured)
+    legend_below(figure, axes[0, 0], title="x: the model or the machine goes no further" if limited else None)
+    save_picture(first, "speed", figure)
+
+
+def draw_quantity(ax, name: str, measured: list[tuple[Run, dict]]) -> None:
+    """One measured quantity of every model; a cross marks the last point of a model that goes no further."""
+    from matplotlib.ticker import LogLocator
+    styles = looks([run for run, _ in measured])
+    for (run, result), style in zip(measured, styles):
+        points = [point for point in result["points"] if name in point]
+        contexts = [point["context"] for point in points]
+        values = [point[name] for point in points]
+        ax.plot(contexts, values, label=run.label, **style)
+        if points:  # an axis without a point cannot be logarithmic
+            ax.set_yscale("log", subs=[])
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        if points and result["limit"]:
+            ax.plot(contexts[-1], values[-1], "x", color=style["color"], ms=12, mew=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # main
 
-TASKS = dict(bpb=task_bpb, position=task_position, extend=task_extend, niah=task_niah, ood=task_ood,
-             attention=task_attention, generate=task_generate, speed=task_speed)
+TASKS = {
+    "bpb": task_bpb,
+    "position": task_position,
+    "extend": task_extend,
+    "niah": task_niah,
+    "ood": task_ood,
+    "attention": task_attention,
+    "generate": task_generate,
+    "speed": task_speed,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0, or 2 after bad input"""
     try:
-        paths, tasks, opts = parse_args(sys.argv[1:] if argv is None else argv)
+        paths, opts = parse_args(sys.argv[1:] if argv is None else argv)
         runs = open_runs(paths, opts)
         with memory_ceiling(pick_device(runs[0].cfg)):
-            for name in tasks:
+            for name in opts.tasks():
                 print(f"\n{name}", flush=True)
                 TASKS[name](runs, opts)
-                print(*(f"-> {run.folder / f'eval_{name}.json'}" for run in runs), sep="\n")
+                for run in runs:
+                    print(f"-> {run.folder / f'eval_{name}.json'}")
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

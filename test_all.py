@@ -1982,17 +1982,24 @@ SHAPE = ["--dataset=text.txt", "--n_layer=2", "--n_embd=16", "--n_head=2", "--tt
          "--sample_tokens=0", "--steps=3", "--warmup=1", "--device=cpu", "--compile=false", "--lr=0.01"]
 
 
+def short_documents(n=800):
+    """Sentences of a small grammar, of 20 to 90 characters, some of them over and over"""
+    draw = random.Random(0)
+    words = [draw.choice("bdfgklmnprst") + draw.choice("aeiou") + draw.choice(["", "n", "r", "sh"]) for _ in range(60)]
+    for i in range(n):
+        subject, verb = draw.choice(words), draw.choice(words)
+        yield " ".join([subject, verb, *draw.choices(words, k=3 + i % 14), "and", subject, f"{verb}, {i % 50}."])
+
+
 @functools.lru_cache(None)
 def lab():
     """A folder with a text and a short run of every memory in out/<memory>, made once a process."""
     folder = tempfile.TemporaryDirectory()
-    source = Path(model.__file__).read_text()
-    documents = (source[i:i + 15 + i % 70] for i in range(0, 40_000, 50))
-    Path(folder.name, "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    Path(folder.name, "text.txt").write_text("\n<|endoftext|>\n".join(short_documents()))
     Path(folder.name, "other.txt").write_text("the cow jumps over the moon, and so on and on. " * 300)
-    with inside(folder.name), contextlib.redirect_stdout(io.StringIO()):
+    with inside(folder.name):
         for memory in MEMORIES:
-            assert train.main([*SHAPE, f"--memory={memory}", f"--name={memory}"]) == 0
+            trained(memory, f"--memory={memory}")
     return folder
 
 
@@ -2006,28 +2013,32 @@ def inside(folder=None):
         os.chdir(old)
 
 
-def measure(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = measuring.main(list(argv))
-    return status, out.getvalue(), err.getvalue()
+def trained(name, *flags):
+    """Trains out/<name>, if that is not done yet."""
+    status, _, err = call(train.main, *SHAPE, f"--name={name}", *flags)
+    assert status == 0, err
 
 
 def measured(run, task, *flags):
     """The task's JSON, made now"""
     path = Path("out", run, f"eval_{task}.json")
     path.unlink(missing_ok=True)
-    draw, measuring.picture = measuring.picture, lambda run, task, figure: sys.modules["matplotlib.pyplot"].close(figure)
+    draw, measuring.save_picture = measuring.save_picture, lambda run, task, figure: sys.modules["matplotlib.pyplot"].close(figure)
     try:                                                            # to draw takes longer than to measure
-        status, out, err = measure(f"out/{run}", f"--task={task}", *flags)
+        status, out, err = call(measuring.main, f"out/{run}", f"--task={task}", *flags)
     finally:
-        measuring.picture = draw
+        measuring.save_picture = draw
     assert status == 0, err
     return json.loads(path.read_text())
 
 
-def opened(run):
-    return measuring.open_runs([f"out/{run}"], measuring.Options())[0]
+def opened(*names):
+    return measuring.open_runs([f"out/{name}" for name in names], measuring.Options())
+
+
+def in_pieces(run, n):
+    """The run, read n tokens at a time"""
+    return run._replace(cfg=SimpleNamespace(**vars(run.cfg) | dict(max_seq_len=n)))
 
 
 def recombined(curve):
@@ -2044,20 +2055,37 @@ def stub(stream, rows=4, **settings):
     return measuring.Run(Path("."), "stub", SimpleNamespace(stream=stream), cfg)
 
 
+def uniform(x, state=None):
+    """A model that likes every token alike; its state is the number of tokens"""
+    return torch.zeros(*x.shape, 257), (state or 0) + x.size(1)
+
+
+def up_to(n):
+    """`uniform`, but without the memory for more than n tokens"""
+    def stream(x, state=None):
+        if (state or 0) + x.size(1) > n:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried")
+        return uniform(x, state)
+    return stream
+
+
 # ---------------------------------------------------------------- bpb, position, extend, ood
 
 def test_eval_position_recombines_and_is_the_training_number():
-    """Every memory, read in pieces of 7 tokens: buckets recombine to 1e-6, to what whole rows give, on the same tokens."""
+    """Every memory, also read in pieces of 7 tokens: buckets recombine to 1e-6, to what whole rows give, on the same tokens."""
     with inside():
         hashes = set()
         for memory in MEMORIES:
-            at_once, pieces = measured(memory, "bpb"), measured(memory, "position", "--piece=7", "--bucket=10")
-            trained = json.loads(Path("out", memory, "result.json").read_text())
-            assert abs(at_once["val_bpb"] - trained["val_bpb"]) < 1e-6
-            for name in ("bpb_by_position", "bpb_by_document_position"):
-                assert abs(recombined(pieces[name]) - at_once["val_bpb"]) < 1e-6, (memory, name)
-            assert pieces["bpb_by_position"]["positions"] == [0, 10, 20, 30] and abs(pieces["val_bpb"] - at_once["val_bpb"]) < 1e-6
-            hashes |= {at_once["tokens_sha256"], pieces["tokens_sha256"]}
+            at_once, position = measured(memory, "bpb"), measured(memory, "position", "--bucket=10")
+            (run,) = opened(memory)
+            pieces, _ = measuring.measure(in_pieces(run, 7), run.corpus(), L, 1024, 10)
+            result = json.loads(Path("out", memory, "result.json").read_text())
+            assert abs(at_once["val_bpb"] - result["val_bpb"]) < 1e-6
+            for r in (position, pieces):
+                numbers = [r["val_bpb"], recombined(r["bpb_by_position"]), recombined(r["bpb_by_document_position"])]
+                assert max(abs(number - at_once["val_bpb"]) for number in numbers) < 1e-6, (memory, numbers)
+                assert r["bpb_by_position"]["positions"] == [0, 10, 20, 30]
+            hashes |= {at_once["tokens_sha256"], position["tokens_sha256"], pieces["tokens_sha256"]}
         assert len(hashes) == 1
         assert measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
 
@@ -2065,9 +2093,8 @@ def test_eval_position_recombines_and_is_the_training_number():
 def test_eval_position_by_hand():
     """Each bucket by a plain loop over targets; ends of text don't count; a document starts again at 0."""
     with inside():
-        run, r = opened("none"), measured("none", "position", "--bucket=4")
-        corpus, sums = run.corpus(), {key: {} for key in measuring.CURVES}
-        digest = hashlib.sha256()
+        (run,), r = opened("none"), measured("none", "position", "--bucket=4")
+        corpus, sums, digest = run.corpus(), {key: {} for key in measuring.CURVES}, hashlib.sha256()
         for x, y, _ in corpus.eval_batches(L, 3, 1024):
             nats = nats_at_once(run.model, x, y)
             for row, targets, losses in zip(x.tolist(), y.tolist(), nats.tolist()):
@@ -2092,22 +2119,25 @@ def test_eval_extend_is_one_forward():
     """Reading 4 training lengths through the state, in pieces, is what one pass over them gives, for every memory."""
     with inside():
         for memory in MEMORIES:
-            r, run = measured(memory, "extend", "--factor=4", "--rows=2", "--piece=24"), opened(memory)
+            r, (run,) = measured(memory, "extend", "--factor=4", "--rows=2"), opened(memory)
             ((x, y, _),) = run.corpus().eval_batches(4 * L, 2, 8 * L)
             with torch.no_grad():
                 nats = nats_at_once(run.model, x, y) * (y < 256)
+            odd, _ = measuring.measure(in_pieces(run, 24), run.corpus(), 4 * L, 8 * L, 64)
+            assert abs(odd["val_bpb"] - r["val_bpb"]) < 1e-5
             assert [(s["start"], s["end"]) for s in r["spans"]] == [(0, 32), (32, 64), (64, 128)] and r["reached"] == 4 * L
             for s in r["spans"]:
                 a, b = s["start"], s["end"]
                 expected = nats[:, a:b].sum() / (math.log(2) * (y[:, a:b] < 256).sum())
                 assert abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
-        text = measure("out/none", "--task=extend", "--factor=1000", "--rows=1")[1]
+        text = call(measuring.main, "out/none", "--task=extend", "--factor=1000", "--rows=1")[1]
         assert "note: " in text and "1000" in text                 # too little validation text: shorter rows, and said so
+    assert measuring.span_ends(L, 6) == [L, 2 * L, 4 * L, 6 * L] and measuring.span_ends(L, 1) == [L]
 
 
 def test_eval_learned_positions_are_a_limit():
-    with inside(), contextlib.redirect_stdout(io.StringIO()):
-        assert train.main([*SHAPE, "--memory=none", "--name=learned", "--pos=learned"]) == 0
+    with inside():
+        trained("learned", "--memory=none", "--pos=learned")
         extend, attention = measured("learned", "extend", "--factor=4"), measured("learned", "attention", "--sequences=4")
         assert extend["reached"] == L and "learned positions" in extend["limit"]
         assert extend["spans"][0]["bpb"] > 0 and extend["spans"][1]["bpb"] is None
@@ -2116,39 +2146,34 @@ def test_eval_learned_positions_are_a_limit():
         assert cell["limit"] == "needle does not fit"
         cells = measured("learned", "niah", "--lengths=32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
         assert "limit" not in cells[0] and "learned positions" in cells[1]["limit"]
-        speed = measured("learned", "speed", "--context=128")["models"]["none"]
+        speed = measured("learned", "speed", "--context=128")["models"]["local"]
         assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
         text = measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]
         assert len(text) <= L
 
 
 def test_eval_out_of_memory_is_a_limit():
-    """The allocators' errors and only those; rows are halved first; what was read stays measured."""
-    uniform = lambda x, state=None: (torch.zeros(*x.shape, 257), (state or 0) + x.size(1))
-
+    """The allocators' errors and only those; rows are halved first; what was read stays measured, a span only if read whole."""
     def short_of_rows(x, state=None):
         if len(x) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return uniform(x, state)
 
-    def short_of_tokens(x, state=None):
-        if (state or 0) + x.size(1) > 2 * L:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried")
-        return uniform(x, state)
-
     with inside():
         corpus = data.load("text.txt", "byte", quiet=True)
-        for stream, reached in ((uniform, 4 * L), (short_of_rows, 4 * L), (short_of_tokens, 2 * L)):
-            r, sums = measuring.measure(stub(stream, 16), corpus, 4 * L, 12 * L, 64, 0)
+        for stream, reached in ((uniform, 4 * L), (short_of_rows, 4 * L), (up_to(2 * L), 2 * L)):
+            r, sums = measuring.measure(stub(stream, 16), corpus, 4 * L, 12 * L, 64)
             assert r["reached"] == reached and r["limit"] == (None if reached == 4 * L else "out of memory")
-            assert abs(r["val_loss"] - math.log(257)) < 1e-6 and (sums[0][2] > 0).sum() == reached
+            assert abs(r["val_loss"] - math.log(257)) < 1e-6 and (sums[2] > 0).sum() == reached
+            by = r["bpb_by_document_position"]                      # no nats or bytes of what was not read
+            assert sum(by["targets"]) == sum(by["bytes"]) == sums[1].sum() and abs(recombined(by) - r["val_bpb"]) < 1e-6
+        (run,) = opened("none")
+        with contextlib.redirect_stdout(io.StringIO()):             # the limit lies in the middle of the last span
+            measuring.task_extend([run._replace(model=SimpleNamespace(stream=up_to(3 * L)))], measuring.Options(factor=4, rows=2))
+        r = json.loads(Path("out/none/eval_extend.json").read_text())
+        assert r["reached"] == 3 * L and [s["bpb"] is None for s in r["spans"]] == [False, False, True]
     for other in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("x")):
-        try:
-            measuring.limit(other)
-        except type(other) as e:
-            assert e is other
-        else:
-            raise AssertionError(f"{other!r} passed for a limit")
+        raises(type(other), lambda: measuring.limit(other), str(other))
     assert measuring.limit(MemoryError()) == "out of memory"
     if sys.platform == "linux":
         with measuring.memory_ceiling(torch.device("cpu")):
@@ -2161,29 +2186,38 @@ def test_eval_out_of_memory_is_a_limit():
         torch.ones(2 ** 20)
 
 
+def test_eval_what_is_not_finite_is_null():
+    assert measuring.plain(dict(a=torch.tensor([1.0, math.nan]), b=[math.inf, -math.inf, 2])) == dict(a=[1.0, None], b=[None, None, 2])
+    with inside():
+        (run,) = opened("none")
+        hopeless = run._replace(model=SimpleNamespace(stream=lambda x, state=None: (torch.full((*x.shape, 257), math.nan), None)))
+        for task in ("position", "niah"):
+            assert call(lambda argv: measuring.TASKS[task]([hopeless], measuring.Options(pairs=2, depths="0", lengths="80")))[2] == ""
+            assert "NaN" not in Path(f"out/none/eval_{task}.json").read_text()
+        assert json.loads(Path("out/none/eval_niah.json").read_text())["cells"][0]["margin"] is None
+
+
 def test_eval_ood_is_another_corpus_in_the_models_tokens():
     with inside():
-        own, r = measured("mosaic", "position"), measured("mosaic", "ood", "--dataset=other.txt", "--length=64", "--tokens=640")
+        own, r = measured("mosaic", "position"), measured("mosaic", "ood", "--dataset=other.txt", "--tokens=320")
         corpus, digest = data.load("other.txt", "byte", quiet=True), hashlib.sha256()
-        for x, y, _ in corpus.eval_batches(64, 1, 640):
-            digest.update(torch.cat([x, y[:, -1:]], 1).int().numpy().tobytes())
+        for x, y, _ in corpus.eval_batches(L, 1, 320):
+            measuring.add_tokens(digest, x, y)
         assert r["ood_sha256"] == corpus.sha256 != r["data_sha256"] and r["ood_dataset"] == "other.txt"
         assert r["tokens_sha256"] == digest.hexdigest() != own["tokens_sha256"]
-        assert r["bpb_by_position"]["positions"] == [0, 16, 32, 48] and abs(recombined(r["bpb_by_position"]) - r["val_bpb"]) < 1e-6
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert train.main([*SHAPE, "--memory=none", "--name=words", "--tokenizer=bpe:300"]) == 0
-            run = opened("words")
-            r = measured("words", "ood", "--dataset=other.txt")
+        assert r["bpb_by_position"]["positions"] == [0, 16] and abs(recombined(r["bpb_by_position"]) - r["val_bpb"]) < 1e-6
+        trained("words", "--memory=none", "--tokenizer=bpe:300")
+        (run,), r = opened("words"), measured("words", "ood", "--dataset=other.txt")
         words = data.load("other.txt", "bpe:300@text.txt", quiet=True)
         assert r["ood_sha256"] == words.sha256 and words.encoding._mergeable_ranks == run.corpus().encoding._mergeable_ranks
-        status, _, err = measure("out/mosaic", "--task=ood", "--dataset=nowhere.txt")
-        assert status == 2 and "nowhere.txt" in err
+    assert measuring.Options().dataset == "python-docs"             # every Python has it: no download, no pyarrow
 
 
 # ---------------------------------------------------------------- niah
 
-def copier(x, state=None):
-    """Predicts what followed the last earlier occurrence of the last four tokens: perfect on a needle."""
+def copier(x, state=None, wrong=()):
+    """Predicts what followed the last earlier occurrence of the last four tokens: perfect on a needle. The guess at the
+    digits whose number in the key is in `wrong` is another one. (The key follows "key is".)"""
     seen = x if state is None else torch.cat([state, x], 1)
     logits = torch.zeros(*x.shape, 257)
     for row in range(len(x)):
@@ -2192,27 +2226,31 @@ def copier(x, state=None):
             t = len(text) - x.size(1) + j
             for i in range(t - 1, 2, -1):
                 if text[i - 3:i + 1] == text[t - 3:t + 1]:
-                    logits[row, j, text[i + 1]] = 9.0
+                    written = "".join(map(chr, text[:t + 1])).rpartition("key is")[2]
+                    logits[row, j, text[i + 1] ^ (len(written) in wrong)] = 9.0
                     break
     return logits, seen
 
 
 def test_eval_niah_scoring():
-    """A model that copies finds every key; one that only has a taste for some digits has a margin of exactly 0."""
+    """A model that copies finds every key; one that only has a taste for some digits has a margin of exactly 0; one that
+    is wrong in a single digit, or in every second one, has not found the key."""
     taste = torch.linspace(-3, 3, 257)
     biased = lambda x, state=None: (taste.expand(*x.shape, 257), x)
     opts = measuring.Options(pairs=2, needle="\n@The key is {key}.\n")
     with inside():
         corpus = data.load("text.txt", "byte", quiet=True)
+        cell = lambda stream, length=80, depth=0.5: measuring.niah_cell(stub(stream), corpus, length, depth, opts)
         for length in (80, 160):
             for depth in (0, 0.5, 1):
-                found, guess = (measuring.niah_cell(stub(s), corpus, length, depth, opts) for s in (copier, biased))
+                found, guess = cell(copier, length, depth), cell(biased, length, depth)
                 assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
                 assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 and guess["margin_error"] < 1e-4
                 assert guess["log_p_key"] < -20
-        wrong = lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state))
-        cell = measuring.niah_cell(stub(wrong), corpus, 80, 0.5, opts)
-        assert cell["exact"] == 0 and cell["margin"] < -20
+        negative = cell(lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state)))
+        assert negative["exact"] == 0 and negative["margin"] < -20
+        for wrong in ((0, 2, 4, 6), (6,), (1,)):
+            assert cell(functools.partial(copier, wrong=wrong))["exact"] == 0, wrong
 
 
 def test_eval_niah_prompt():
@@ -2242,22 +2280,21 @@ def test_eval_niah_prompt():
 
 # ---------------------------------------------------------------- attention
 
-def explicit(layer, T, rmt, x, window):
-    """(H,keys) attention of the last of the rows x (B,T,C) that this layer is given, with T×T scores and masks"""
+def explicit(layer, x, window):
+    """(rows,H,keys) attention of the last of the positions x (B,T,C) that this layer is given, with T×T scores and masks"""
+    near = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
     if isinstance(layer, model.ContextualMemory):
         k, _ = layer.key(x, None)
-        return (k @ k.mT).masked_fill(torch.ones(x.size(1), x.size(1)).triu().bool(), -1e30).softmax(-1)[:, :, -1]
+        return (k @ k.mT).masked_fill(near <= 0, -1e30).softmax(-1)[:, :, -1]
     q, k, _ = layer.project(x, None)
-    t, n = torch.arange(x.size(1)), x.size(1)
     if layer.theta:
-        q, k = model.rotary(q, t, layer.theta), model.rotary(k, t, layer.theta)
+        q, k = (model.rotary(a, torch.arange(x.size(1)), layer.theta) for a in (q, k))
     k = k.repeat_interleave(layer.H // layer.Hkv, 1)
     score = q @ k.mT / layer.D ** 0.5
-    near = t[:, None] - t
-    free = t < layer.n_free
+    free = torch.arange(x.size(1)) < layer.n_free
     if layer.slopes is not None:
         score = score - layer.slopes[:, None, None] * torch.where(free, 0, near)
-    score = score.masked_fill((near < 0) | ((near >= (window or n)) & ~free), -math.inf)
+    score = score.masked_fill((near < 0) | ((near >= (window or x.size(1))) & ~free), -math.inf)
     if isinstance(layer, model.PersistentAttention):
         slots = F.rms_norm(layer.slot_k.view(layer.M, -1, layer.D), (layer.D,)).transpose(0, 1)
         score = torch.cat([q @ slots.repeat_interleave(layer.H // layer.Hkv, 0).mT / layer.D ** 0.5, score], -1)
@@ -2266,48 +2303,47 @@ def explicit(layer, T, rmt, x, window):
 
 def test_eval_attention_is_the_softmax():
     """Every layer's profile against a T×T softmax on what a pass over the whole sequence gives that layer."""
-    cases = [dict(memory="none"), dict(memory="none", pos="alibi", n_kv_head=1), dict(memory="none", sink_tokens=3, n_kv_head=2),
+    cases = [dict(memory="none"), dict(memory="none", pos="alibi", n_kv_head=1), dict(memory="none", pos="none", n_kv_head=2),
              dict(memory="persistent"), dict(memory="persistent", window="L", pos="none", n_kv_head=1), dict(memory="mosaic"),
-             dict(memory="rmt", rmt_tokens=3), dict(memory="knn", knn_capacity=24)]
+             dict(memory="rmt", rmt_tokens=3), dict(memory="rmt", rmt_tokens=3, pos="alibi"), dict(memory="knn", knn_capacity=24)]
     for case in cases:
         torch.manual_seed(0)
         net = GPT(model.Config(**{"n_layer": 3, "n_head": 4, "n_embd": 32, "max_seq_len": L, "persistent_slots": 3} | case)).eval().double()
         for p in net.parameters():
             p.data.normal_(0, 0.3)
-        run = stub(None, memory=case["memory"])._replace(model=net)
+        run = in_pieces(stub(None)._replace(model=net), 13)
         for T in (L, 3 * L):
-            x, seen, rmt = torch.randint(257, (3, T)), {}, case["memory"] == "rmt"
+            x, seen = torch.randint(257, (3, T)), {}
             with torch.no_grad():
-                out = measuring.attention_at(run, x, 13)
+                out = measuring.attention_at(run, x)
                 mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
                 hooks = [m.register_forward_hook(lambda m, a, o, i=i: seen.update({i: a[0]})) for i, m in enumerate(mixers)]
                 net(x)                                              # rmt's last call is its last segment, at once
                 [h.remove() for h in hooks]
             assert len(out) == 3, case
-            for i, (memory, profile) in out.items():
-                w = explicit(mixers[i], T, rmt, seen[i], getattr(mixers[i], "window", None)).sum(0).double()
+            for i, shares in out.items():
+                w = explicit(mixers[i], seen[i], getattr(mixers[i], "window", None)).sum(0).double()
                 m = 3 if case["memory"] in ("persistent", "rmt") else 0
-                expected = torch.zeros(4, T, dtype=torch.float64)
-                expected[:, T - (w.size(1) - m):] = w[:, m:]
-                assert (profile - expected).abs().max() < 1e-5 and (memory - w[:, :m].sum(1)).abs().max() < 1e-5, (case, i, T)
-                assert (memory + profile.sum(1) - 3).abs().max() < 1e-5, (case, i, T)
-                assert m == 0 or memory.min() > 1e-4
+                expected = torch.zeros(4, 1 + T, dtype=torch.float64)
+                expected[:, 0], expected[:, 1 + T - (w.size(1) - m):] = w[:, :m].sum(1), w[:, m:]
+                assert (shares - expected).abs().max() < 1e-5 and (shares.sum(1) - 3).abs().max() < 1e-5, (case, i, T)
+                assert m == 0 or shares[:, 0].min() > 1e-4
 
 
 def test_eval_attention_files():
     """The averages over sequences, λ of the mosaic, and memories without attention."""
     with inside():
-        r, run = measured("mosaic", "attention", "--sequences=6"), opened("mosaic")
+        r, (run,) = measured("mosaic", "attention", "--sequences=6"), opened("mosaic")
         assert [(f["layer"], f["length"], f["sequences"]) for f in r["layers"]] == [(0, L, 6), (1, L, 6), (0, 3 * L, 6), (1, 3 * L, 6)]
         x = torch.cat([x for x, *_ in run.corpus().eval_batches(L, 6, 6 * L)])
-        expected = measuring.attention_at(run, x, 0)[1][1] / 6
+        expected = measuring.attention_at(run, x)[1][:, 1:] / 6
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
         assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert train.main([*SHAPE, "--memory=mosaic", "--memory_layers=0", "--name=hybrid"]) == 0
+        trained("hybrid", "--memory=mosaic", "--memory_layers=0")
         assert [f["leak"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
-        assert measured("deltanet", "attention")["layers"] == [] and "no layer" in measure("out/ttt", "--task=attention")[1]
+        assert measured("deltanet", "attention")["layers"] == []
+        assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
 
 
@@ -2315,12 +2351,12 @@ def test_eval_attention_files():
 
 def test_eval_generate():
     with inside():
-        flags = ("--new_tokens=12", "--prompt=def f(x, y):", "--prompt=import")
+        flags = ("--new_tokens=12", "--prompt=the sun, and", "--prompt=import")
         for memory in ("none", "rmt", "ttt"):
             first = measured(memory, "generate", *flags)
             assert first["texts"] == measured(memory, "generate", *flags)["texts"], memory
-            assert [t["prompt"] for t in first["texts"]] == ["def f(x, y):", "import"]
-            run, idx = opened(memory), [256, *b"import"]
+            assert [t["prompt"] for t in first["texts"]] == ["the sun, and", "import"]
+            (run,), idx = opened(memory), [256, *b"import"]
             for _ in range(12):                                     # greedy, from scratch at each token
                 with torch.no_grad():
                     idx.append(run.model(torch.tensor([idx]))[0, -1].argmax().item())
@@ -2330,27 +2366,48 @@ def test_eval_generate():
             assert warm[0] == warm[1] != warm[2]
             alone = measured(memory, "generate", "--new_tokens=12", "--prompt=import", "--temperature=1")["texts"]
             assert alone[0] == warm[0][1]                           # a prompt's answer doesn't depend on the others
-        assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
-        out = measure("out/none", "out/mosaic", "--task=generate", "--new_tokens=2")[1]
-        assert out.count("  none: ") == out.count("  mosaic: ") == 24
+
+
+def test_eval_prompts_are_like_the_training_text():
+    """Validation documents begin so, whole documents only and no more than their first lines; stories get the paper's prompts."""
+    with inside():
+        documents = set(short_documents())
+        texts = [t["prompt"] for t in measured("none", "generate", "--new_tokens=2")["texts"]]
+        assert len(set(texts)) == 8 and all(any(d.startswith(text) for d in documents) for text in texts)
+        status, out, _ = call(measuring.main, "out/none", "out/mosaic", "--task=generate", "--new_tokens=2")
+        assert out.count("  local: ") == out.count("  mosaic: ") == 8
+        long = [f"def f{i}():\n\n    return {i}\n" + "x = 1\n" * 50 for i in range(400)]
+        Path("my_stories.txt").write_text("\n<|endoftext|>\n".join(long))
+        beginnings = measuring.document_beginnings(data.load("my_stories.txt", "byte", quiet=True))
+        assert len(beginnings) == 8 and all(re.fullmatch(r"def f(\d+)\(\):\n\n    return \1", text) for text in beginnings)
+        (run,) = opened("none")
+        opts = measuring.Options()
+        for name, stories in (("text.txt", False), ("my_stories.txt", True), ("tinystories", True), ("b/traindataset.txt", True)):
+            run.cfg.dataset = name
+            assert (measuring.tells_stories(name), measuring.prompts_for(run, opts) is measuring.PROMPTS if stories else False) == (stories, stories)
+        assert measuring.prompts_for(run, measuring.Options(prompt=("a",))) == ["a"]
+        os.makedirs("babi"), Path("babi/valdataset.txt").touch()
+        assert measuring.tells_stories("babi") and not measuring.tells_stories("python")
+    assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
 
 
 def test_eval_speed_reports_the_state():
     """State bytes are those of the tensors, for every memory; lengths double; the bounded memories stay as they are."""
     with inside():
-        models = measured("none", "speed", "--memory=all", "--context=300", "--decode=2", "--piece=20")["models"]
-        config = opened("none").model.config
-        assert list(models) == ["none"] + [f"{m} (untrained)" for m in MEMORIES if m != "none"]
+        models = measured("none", "speed", "--memory=all", "--context=300")["models"]
+        (run,) = opened("none")
+        assert list(models) == ["local"] + [f"{m} (untrained)" for m in MEMORIES if m != "none"]
         for name, r in models.items():
+            memory = name.split()[0].replace("local", "none")
             assert [p["context"] for p in r["points"]] == [32, 64, 128, 256] and r["limit"] is None and r["reached"] == 256
-            net = GPT(replace(config, memory=name.split()[0]))
+            net = GPT(replace(run.model.config, memory=memory))
             for p in r["points"]:
                 with torch.no_grad():
                     _, state = net.stream(torch.zeros(1, p["context"], dtype=torch.int64))
                 assert p["state_bytes"] == state_bytes(state), (name, p)
                 assert p["prefill_tokens_per_second"] > 0 and p["ms_per_token"] > 0 and p["peak_rss_mib"] >= 0
             sizes = [p["state_bytes"] for p in r["points"]]
-            assert (sizes[-1] == sizes[-2]) == (name.split()[0] in ("rmt", "ttt", "deltanet", "knn")), (name, sizes)
+            assert (sizes[-1] == sizes[-2]) == (memory in ("rmt", "ttt", "deltanet", "knn")), (name, sizes)
 
 
 # ---------------------------------------------------------------- the command line
@@ -2359,8 +2416,8 @@ def test_eval_all_tasks_of_two_runs():
     """Every task with its files and pictures; what was there is replaced whole."""
     with inside():
         Path("out/rmt/eval_bpb.json").write_text("old")
-        status, out, err = measure("out/rmt", "out/ttt", "--dataset=other.txt", "--factor=2", "--rows=2", "--pairs=2", "--depths=0,1",
-                                "--lengths=80", "--sequences=2", "--context=64", "--decode=1", "--new_tokens=1")
+        status, out, err = call(measuring.main, "out/rmt", "out/ttt", "--dataset=other.txt", "--factor=2", "--rows=2", "--pairs=2",
+                                "--depths=0,1", "--lengths=80", "--sequences=2", "--context=64", "--new_tokens=1")
         assert status == 0 and not err, err
         for task in measuring.TASKS:
             for memory in ("rmt", "ttt"):
@@ -2368,58 +2425,55 @@ def test_eval_all_tasks_of_two_runs():
                 assert (r["task"], r["memory"], r["name"]) == (task, memory, memory) and len(r["data_sha256"]) == 64
         for task in ("position", "extend", "niah", "ood", "attention", "speed"):
             assert Path("out/rmt", f"eval_{task}.png").read_bytes()[:4] == b"\x89PNG"
-        assert not list(Path("out").rglob("*.tmp"))
-        assert "note: these runs" not in out
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert train.main([*SHAPE, "--memory=none", "--name=short", "--max_seq_len=16"]) == 0
-        assert "note: these runs were measured on different tokens" in measure("out/short", "out/none", "--task=bpb")[1]
+        assert not list(Path("out").rglob("*.tmp")) and "note: these runs" not in out
+        trained("short", "--memory=none", "--max_seq_len=16")
+        text = call(measuring.main, "out/short", "out/none", "--task=bpb")[1]
+        assert "note: these runs were measured on different tokens" in text
 
 
 def test_eval_labels_tell_runs_apart():
-    with inside(), contextlib.redirect_stdout(io.StringIO()):
-        train.main([*SHAPE, "--memory=none", "--name=global", "--window=L"])
-        train.main([*SHAPE, "--memory=none", "--name=second", "--seed=2"])
-        labels = lambda *names: [r.label for r in measuring.open_runs([f"out/{n}" for n in names], measuring.Options())]
-        assert labels("none", "rmt") == ["none", "rmt"] and labels("none", "global") == ["none SSSL", "none L"]
-        assert labels("none", "second") == ["none s1", "none s2"] and labels("none", "none") == ["none"]
-        train.main([*SHAPE, "--memory=rmt", "--name=segments", "--rmt_tokens=0"])
-        assert labels("none", "rmt", "segments") == ["none", "rmt rmt_tokens=3", "rmt rmt_tokens=0"]
+    """A run is called by its condition, and by what sets it apart from others of it; its curve has the condition's look."""
+    with inside():
+        for name, *flags in (("global", "--window=L"), ("second", "--seed=2"), ("segments", "--memory=rmt", "--rmt_tokens=0"),
+                             ("few", "--memory=rmt", "--rmt_tokens=2"), ("lower", "--memory=mosaic", "--memory_layers=0")):
+            trained(name, *flags)
+        for names, labels in ((("none", "rmt"), ["local", "rmt"]), (("none", "global"), ["local", "global"]),
+                              (("none", "second"), ["local s1", "local s2"]), (("none", "none"), ["local"]),
+                              (("rmt", "segments", "lower"), ["rmt", "rmt-0", "mosaic@0"]),
+                              (("few", "rmt", "none"), ["rmt rmt_tokens=2", "rmt rmt_tokens=3", "local"])):
+            assert [run.label for run in opened(*names)] == labels
+        styles = measuring.looks(opened("none", "second", "global", "few", "rmt"))
+        assert [s["linestyle"] for s in styles] == ["-", "--", "-", "-", "--"]
+        assert [s["color"] for s in styles] == [analyze.look(name)["color"] for name in ("local", "local", "global", "rmt", "rmt")]
 
 
 def test_eval_bad_input():
-    cases = [
-        (("out/nome",), "there is no out/nome", "out/none"), (("out",), "no checkpoint"), ((), "no run was given"),
-        (("out/none", "--task=nia"), "no task 'nia'", "did you mean niah?"), (("out/none", "--task=bpb,,"), "no task ''"),
-        (("out/none", "--tusk=bpb"), "unknown argument --tusk=bpb", "--task"), (("out/none", "--pairs=many"), "--pairs=many", "whole number"),
-        (("out/none", "--pairs=1"), "--pairs=1", "from 2"), (("out/none", "--temperature=nan"), "--temperature=nan"),
-        (("out/none", "--task=niah", "--depths=0,2"), "--depths=0,2", "from 0 to 1"),
-        (("out/none", "--task=niah", "--depths=a"), "--depths=a"), (("out/none", "--task=niah", "--needle=key"), "{key}"),
-        (("out/none", "--task=speed", "--memory=delta"), "--memory=delta", "deltanet"), (("out/none", "--device=tpu"), "--device=tpu"),
-        (("out/none", "--task=position", "--length=100000"), "max_seq_len"), (("out/none", "--task"), "expected one argument"),
-        (("out/changed", "--task=bpb"), "it is other data"), (("out/none/nothing",), "there is no out/none/nothing"),
-    ]
     with inside():
         if not Path("out/changed").exists():
             found = torch.load("out/none/ckpt.pt", weights_only=True)
             found["config"]["data_sha256"] = "0" * 64
             Path("out/changed").mkdir()
             torch.save(found, "out/changed/ckpt.pt")
-        for argv, *parts in cases:
-            status, out, err = measure(*argv)
-            assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (argv, err)
-            assert all(part in err for part in parts), (argv, err)
+        for flags, *words in (
+                ("out/nome", "there is no out/nome", "did you mean out/none?"), ("out", "no checkpoint"), ("", "no run was given"),
+                ("out/none/nothing", "there is no out/none/nothing"), ("out/changed --task=bpb", "it is other data"),
+                ("out/none --task=nia", "'nia' is none of bpb", "did you mean niah?"), ("out/none --task=bpb,,", "''"),
+                ("out/none --tusk=bpb", "unknown argument --tusk=bpb", "--task"), ("out/none --task", "expected one argument"),
+                ("out/none --pairs=many", "--pairs=many", "whole number"), ("out/none --pairs=1", "pairs=1", "from 2"),
+                ("out/none --temperature=nan", "temperature=nan"), ("out/none --device=tpu", "device=tpu"),
+                ("out/none --depths=0,2", "depths=0,2", "from 0 to 1"), ("out/none --depths=a", "depths=a"),
+                ("out/none --lengths=0", "lengths=0"), ("out/none --needle=key", "{key}"), ("out/none --needle={key}", "text"),
+                ("out/none --memory=delta", "memory=delta", "deltanet"), ("out/none --piece=7", "unknown argument --piece=7"),
+                ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt")):
+            refused(measuring.main, flags.split(), *words)
         Path("out/none/eval_bpb.json").unlink(missing_ok=True)
         Path("out/none/eval_bpb.json").mkdir()                      # can't be written
-        status, out, err = measure("out/none", "--task=bpb")
-        Path("out/none/eval_bpb.json").rmdir()
-        assert status == 2 and err.count("\n") == 1 and "cannot write" in err, err
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
         try:
-            measuring.main(["--help"])
-        except SystemExit as e:
-            assert e.code == 0
-    assert all(f"--{name}" in text.getvalue() for name in measuring.Options.__dataclass_fields__) and "margin" not in text.getvalue()
+            refused(measuring.main, ["out/none", "--task=bpb"], "cannot write")
+        finally:
+            Path("out/none/eval_bpb.json").rmdir()
+    status, text, _ = call(measuring.main, "--help")
+    assert status == 0 and "margin" not in text and all(f"--{name}" in text for name in measuring.Options.__dataclass_fields__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
