@@ -196,7 +196,7 @@ def function_of(case):
     return next(fn for name, fn in memories.FUNCTIONS.items() if re.search("leaky|delta|ttt", case)[0] in name)
 
 
-def in_pieces(fn, cuts):
+def fed_in_pieces(fn, cuts):
     """fn in several calls, each of which continues from the state of the one before."""
     def run(impl, state=None, **args):
         tokens = [name for name in args if name in ("q", "k", "v", "g", "beta", "lr")]
@@ -216,7 +216,7 @@ def check_case(case, impl, dtype, tolerance):
         fn = function_of(case)
         args = memories.example(fn.__name__, **size, dtype=dtype)
         args |= {name: change(args[name]) for name, change in changes.items()}
-        close(f"{case} {size} {cuts}", in_pieces(fn, cuts) if cuts else fn, args, impl, tolerance)
+        close(f"{case} {size} {cuts}", fed_in_pieces(fn, cuts) if cuts else fn, args, impl, tolerance)
 
 
 def close(what, fn, args, impl, tolerance):
@@ -1477,7 +1477,7 @@ def workplace():
             os.chdir(old)
 
 
-def trained(*argv):
+def runs_well(*argv):
     """What `python train.py ...` prints; it has to end well."""
     status, out, err = call(train.main, *argv)
     assert status == 0, err
@@ -1715,7 +1715,7 @@ def test_dropout_draws_differ_by_step_and_rank_and_evaluation_has_none():
 def test_accumulation_is_one_big_batch():
     with workplace() as (folder, base):
         for n in (4, 2, 1):
-            trained(*base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")
+            runs_well(*base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")
         big, half, one = (log(f"runs/b{n}") for n in (4, 2, 1))
         assert same_losses(big, half) and same_losses(big, one)
         assert all(math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4) for a, b in zip(big, half))
@@ -1724,7 +1724,7 @@ def test_accumulation_is_one_big_batch():
 def test_two_ranks_are_one_rank_for_every_memory():
     with workplace() as (folder, base):
         every = [*base, "--memory=" + ",".join(MEMORIES), "--steps=4", "--sample_tokens=0"]
-        trained(*every, "--out_dir=one", "--device_batch_size=2")
+        runs_well(*every, "--out_dir=one", "--device_batch_size=2")
         two = in_background("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *every, "--out_dir=two",
                             "--device_batch_size=1")
         stdout, stderr = two.communicate()
@@ -1740,7 +1740,7 @@ def test_two_ranks_are_one_rank_for_every_memory():
 def test_two_nodes_are_one():
     with workplace() as (folder, base):
         flags = [*base, "--steps=2", "--sample_tokens=0"]
-        trained(*flags, "--name=one")
+        runs_well(*flags, "--name=one")
         for _ in range(3):  # the port found free may be taken by the time it is used
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
@@ -1769,14 +1769,14 @@ def interrupted(flags, run, at):
         call(train.main, *flags, f"--name={run}")
         raise AssertionError("was not interrupted")
     assert not Path(f"runs/{run}/result.json").exists()
-    return trained(*flags, f"--name={run}")
+    return runs_well(*flags, f"--name={run}")
 
 
 def test_resume_is_bit_identical_for_every_memory():
     with workplace() as (folder, base):
         for memory in MEMORIES:
             flags = [*base, f"--memory={memory}", "--steps=5", "--save_every=2", "--eval_every=2", "--dropout=0.1"]
-            trained(*flags, f"--name={memory}-whole")
+            runs_well(*flags, f"--name={memory}-whole")
             assert "from step 2" in interrupted(flags, memory, at=4)
             assert log(f"runs/{memory}") == log(f"runs/{memory}-whole"), memory
             assert same_tensors(weights(f"runs/{memory}"), weights(f"runs/{memory}-whole")), memory
@@ -1785,7 +1785,7 @@ def test_resume_is_bit_identical_for_every_memory():
 def test_sigkill_then_the_same_command_is_bit_identical():
     with workplace() as (folder, base):
         flags = [*base, "--steps=40", "--save_every=3", "--eval_every=7", "--memory=deltanet"]
-        trained(*flags, "--name=whole")
+        runs_well(*flags, "--name=whole")
         process = in_background(train.__file__, *flags, "--name=killed")
         lines, target, path = 0, random.randint(5, 25), Path("runs/killed/log.jsonl")
         while lines < target and process.poll() is None:
@@ -1794,7 +1794,7 @@ def test_sigkill_then_the_same_command_is_bit_identical():
         process.kill()
         process.communicate()
         assert not Path("runs/killed/result.json").exists()
-        assert "continuing" in trained(*flags, "--name=killed")
+        assert "continuing" in runs_well(*flags, "--name=killed")
         assert log("runs/killed") == log("runs/whole") and same_tensors(weights("runs/killed"), weights("runs/whole"))
 
 
@@ -1808,7 +1808,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number):
                 status, out, err = call(train.main, *flags)
             assert status == 128 + number and "same command" in out and "--name=a" in out and not err
             assert torch.load("runs/a/ckpt.pt", weights_only=True)["step"] == 3
-            assert trained(*flags) and len(log("runs/a")) == 8
+            assert runs_well(*flags) and len(log("runs/a")) == 8
             assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, handler)
@@ -1825,30 +1825,30 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one():
 
     with workplace() as (folder, base):
         flags = [*base, "--steps=6", "--save_every=2"]
-        trained(*flags, "--name=whole")
+        runs_well(*flags, "--name=whole")
         for i, damage in enumerate((truncate, flip, lambda p: p.write_bytes(b""), lambda p: p.unlink())):
             folder = Path(f"runs/r{i}")
-            trained(*flags, f"--name=r{i}")
+            runs_well(*flags, f"--name=r{i}")
             (folder / "result.json").unlink()
             damage(folder / "ckpt.pt")
-            out = trained(*flags, f"--name=r{i}")
+            out = runs_well(*flags, f"--name=r{i}")
             assert "from step 4" in out and (i == 3 or "damaged" in out), (i, out)
             assert log(folder) == log("runs/whole")
             (folder / "result.json").unlink()
             truncate(folder / "ckpt.pt")
             truncate(folder / "ckpt.prev.pt")
-            assert "starts over" in trained(*flags, f"--name=r{i}")
+            assert "starts over" in runs_well(*flags, f"--name=r{i}")
             assert log(folder) == log("runs/whole") and same_tensors(weights(folder), weights("runs/whole"))
 
 
 def test_another_architecture_is_refused():
     with workplace() as (folder, base):
         flags = [*base, "--steps=2", "--name=a"]
-        trained(*flags)
+        runs_well(*flags)
         refused(train.main, [*flags, "--memory=ttt", "--seed=5"], "memory (there none, now ttt)", "seed (there 1, now 5)")
         Path("runs/a/result.json").unlink()
         refused(train.main, [*flags, "--n_embd=64"], "n_embd (there 32, now 64)")
-        trained(*flags, "--eval_every=1", "--device_batch_size=1")  # these may change
+        runs_well(*flags, "--eval_every=1", "--device_batch_size=1")  # these may change
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint():
@@ -1882,7 +1882,7 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint():
                 refused(train.main, [*base, "--steps=2", "--n_embd=128", f"--name=c{limit}"], "cannot write", "ckpt.pt")
             assert not list(Path(f"runs/c{limit}").glob("*.pt*"))
         assert untouched()
-        assert trained(*flags) and len(log("runs/a")) == 6
+        assert runs_well(*flags) and len(log("runs/a")) == 6
 
 
 # ---------------------------------------------------------------- results
@@ -1893,7 +1893,7 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
         with at_call(3, factor=math.nan):  # the first step of none, seed 2
             refused(train.main, flags, "1 of 4", "-none-", "-s2")
         assert len(list(Path("runs").glob("*/result.json"))) == 3
-        out = trained(*flags)
+        out = runs_well(*flags)
         assert "3 of 4 runs are finished already" in out
         table = out[out.rindex("| condition"):]
         head, _, *rows = table.strip().splitlines()
@@ -1907,7 +1907,7 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
 def test_result_has_everything_and_the_files_are_there():
     with workplace() as (folder, base):
         flags = [*base, "--steps=3", "--name=a", "--memory=persistent", "--tokenizer=bpe:300"]
-        out = trained(*flags)
+        out = runs_well(*flags)
         r = json.loads(Path("runs/a/result.json").read_text())
         for key in ("memory window preset seed max_seq_len config dataset data_sha256 val_bpb val_loss train_tokens total_params "
                     "memory_params flops_per_token state_bytes total_time_min tokens_per_second peak_vram_mib device versions "
@@ -1932,7 +1932,7 @@ def test_result_has_everything_and_the_files_are_there():
         assert math.isclose(first["bpb"], first["loss"] * y.numel() / math.log(2) / corpus.token_bytes[y].sum().item(), rel_tol=1e-6)
 
         Path("runs/a/result.json").unlink()  # killed between the last checkpoint and the result
-        trained(*flags)
+        runs_well(*flags)
         again = json.loads(Path("runs/a/result.json").read_text())
         clocks = ("peak_rss_mib", "peak_vram_mib", "seconds", "cpu_seconds")
         assert all(again[k] == r[k] for k in r if k not in clocks), (again, r)
