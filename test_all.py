@@ -474,6 +474,8 @@ def test_knn_is_a_store_searched_token_by_token(evict, kv, qk_norm):
     layer = small_layer("knn", n_kv_head=kv, knn_evict=evict, qk_norm=qk_norm, short_window=6, knn_capacity=14, knn_topk=3)
     layer.gate.copy_(torch.tensor([0.3, -1.0]))
     x = noise(2, 60, 16)
+    for keys in layer.by_content(*layer.project(x, None)[:2]):
+        assert error(keys.square().mean(-1), torch.ones(keys.shape[:-1])) < 1e-3
     # Under lru pairs with equal stamps may leave in any order: there the two agree up to the first eviction, at token 18.
     until = 60 if evict == "fifo" else 18
     assert error(layer(x)[0][:, :until], layer.slow(x)[:, :until]) < 1e-12
@@ -547,6 +549,8 @@ def test_rmt_is_read_segment_write(window):
     memory, block = rmt.memory_tokens.weight[None], rmt.stack.blocks[0]
     (seen, _), (other, _) = (block(torch.cat([m, x[:1, :20]], 1)) for m in (memory, memory + 1))
     assert error(other[:, -1], seen[:, -1]) > 1e-12             # at place 22, with a window of 8
+    usual = small("rmt", window=window, short_window=0)         # a quarter of max_seq_len, as without segments
+    assert usual.body.stack.blocks[0].mixer.window == (20 if window == "SSSL" else None)
 
 
 @each(bptt=[0, 1, 2, 3])
@@ -626,36 +630,36 @@ def test_value_embeddings_and_softcap():
     assert error(capped, raw / 100) < 1e-3
 
 
-# The end of a parameter's name -> how it starts in the papers' code: a number, a tensor, or a distribution function.
-LAYERS, HEADS, WIDTH = 4, 128, 256
-gaussian = lambda std: stats.norm(0, std).cdf
-STARTS = {
-    ".A_log": lambda x: np.exp(x) / 16,                                                 # A ~ U(0,16)
-    ".dt_bias": lambda x: (np.log(np.log1p(np.exp(x))) - math.log(1e-3)) / math.log(100),   # dt log-uniform from 1e-3 to 1e-1
-    ".conv": stats.uniform(-0.5, 1).cdf,                                                # U(-1,1)/√4, PyTorch's for a width of 4
-    ".W": gaussian(0.02), ".b": 0, ".token_scale": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,     # ttt
-    ".leak": torch.linspace(0.5, 5, HEADS) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
-    ".P_k": gaussian((WIDTH / HEADS) ** -0.5), ".P_v": gaussian((WIDTH / HEADS) ** -0.5),
-    ".slot_k": gaussian(0.02 * WIDTH ** 0.5), ".slot_v": gaussian(0.02 * WIDTH ** 0.5), ".slot_scale": 0.01,
-    ".mixer.gate": 0, ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": gaussian(0.02 * WIDTH ** 0.5),
-    ".out.weight": gaussian(0.02 / (2 * LAYERS) ** 0.5),                                # what adds to the residual stream
-    "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
-    ".weight": gaussian(0.02), "bias": 0}                                               # everything else
+def starts(layers, heads, width):
+    """The end of a parameter's name -> how it starts in the papers' code: a number, a tensor, or a distribution function."""
+    gaussian = lambda std: stats.norm(0, std).cdf
+    pair, projected = gaussian((width / heads) ** -0.5), gaussian(0.02 * width ** 0.5)
+    return {
+        ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
+        ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
+        ".conv": stats.uniform(-0.5, 1).cdf,                                            # U(-1,1)/√4, PyTorch's for a width of 4
+        ".W": gaussian(0.02), ".b": 0, ".token_scale": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,                  # ttt
+        ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
+        ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
+        ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": projected,
+        ".out.weight": gaussian(0.02 / (2 * layers) ** 0.5),                            # what adds to the residual stream
+        "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
+        ".weight": gaussian(0.02), "bias": 0}                                           # everything else
 
 
-@each(memory=MEMORIES)
-def test_starting_values(memory):
+@each(memory=MEMORIES, heads=[4, 128])
+def test_starting_values(memory, heads):
     torch.manual_seed(0)
-    net = GPT(Config(memory=memory, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, vocab_size=200, rmt_tokens=64, persistent_slots=64,
-                     norm="layer", bias=True, pos="learned", value_embeds=True))
-    layers = {}                                                 # name -> that parameter in every layer
+    net = GPT(Config(memory=memory, n_layer=8, n_head=heads, n_embd=256, vocab_size=200, rmt_tokens=64, persistent_slots=64,
+                     mosaic_slots=100, norm="layer", bias=True, pos="learned", value_embeds=True))
+    parameters = {}                                             # name -> that parameter in every layer
     for name, p in net.named_parameters():
-        layers.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(p.detach())
-    for name, values in layers.items():
-        start = next(start for suffix, start in STARTS.items() if name.endswith(suffix))
+        parameters.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(p.detach())
+    for name, values in parameters.items():
+        start = next(start for suffix, start in starts(8, heads, 256).items() if name.endswith(suffix))
         if callable(start):
-            probability = stats.kstest(torch.stack(values).flatten().double(), start).pvalue
-            assert probability > 1e-3, f"{name} does not start as expected"
+            sample = torch.stack(values).flatten()[:100_000].double()
+            assert stats.kstest(sample, start).pvalue > 1e-3, f"{name} does not start as expected"
         else:
             assert torch.allclose(torch.stack(values), torch.as_tensor(start, dtype=torch.float32)), name
 
@@ -712,6 +716,9 @@ def test_flops_count_the_matrix_products():
         attention = sum(b.mixer.flops(256) for b in net.body.blocks) if memory == "none" else 0
         ratio = (net.flops_per_token(256) / 3 - attention) / (counter.get_total_flops() / 256)
         assert low <= ratio <= high, (memory, ratio)
+    for window in (None, 8, 100):
+        visible = [min(i + 1, window or 64) for i in range(64)]
+        assert model.attention_flops(64, window, 10) == 4 * 10 * sum(visible) / 64
 
 
 @each(case=[
