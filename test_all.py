@@ -2486,13 +2486,30 @@ def test_eval_bad_input():
 # ----------------------------------------------------------------------------------------------------------------------
 # toys.py: generators, metrics, training
 
-# ----------------------------------------------------------------------------------------------------------------------
-# toys.py
+SMALL = dict(steps=2, n_layer=1, n_embd=16, n_head=1)
+
+
+def five_batches(model, batch_fn, cfg):
+    """In the place of train.fit"""
+    return [batch_fn(i) for i in range(5)]
+
+
+@contextlib.contextmanager
+def recorded(**functions):
+    """toys.py with these functions in the place of its own; yields {name: [(arguments, what it returned), ...]}."""
+    calls = {name: [] for name in functions}
+
+    def recorder(name, function):
+        def record(*arguments):
+            calls[name].append((arguments, function(*arguments)))
+            return calls[name][-1][1]
+        return record
+    with mock.patch.multiple(toys, **{name: recorder(name, f) for name, f in functions.items()}):
+        yield calls
 
 
 def test_toys_every_string_is_accepted_by_its_automaton():
-    automata = toys.draw_automata(3, [40])[0]
-    for i, automaton in enumerate(automata):
+    for i, automaton in enumerate(toys.draw_automata(3, [40])[0]):
         assert 4 <= len(automaton) <= 12 and all(1 <= len(edges) <= 3 for edges in automaton)
         assert len({a for edges in automaton for a in edges}) <= 18
         tokens, states = toys.instance(random.Random(i), automaton, 10_000)
@@ -2508,15 +2525,12 @@ def test_toys_every_string_is_accepted_by_its_automaton():
 
 def test_toys_automata_edges_go_to_distinct_other_states():
     """Checked on the raw draw: minimising may merge targets, never add edges."""
-    kept, toys.minimal = toys.minimal, lambda automaton: automaton
-    try:
+    with recorded(minimal=lambda automaton: automaton):
         for seed in range(60):
             automaton = toys.draw_automaton(random.Random(seed))
             assert 4 <= len(automaton) <= 12
             for q, edges in enumerate(automaton):
                 assert 1 <= len(edges) <= 3 and q not in edges.values() and len(set(edges.values())) == len(edges)
-    finally:
-        toys.minimal = kept
 
 
 def language(automaton, n):
@@ -2540,8 +2554,7 @@ def test_toys_minimal_keeps_the_language_and_is_canonical():
         named = [None] * 6
         for q, edges in enumerate(raw):
             named[order[q]] = {a: order[p] for a, p in edges.items()}
-        named.append(dict(named[3]))
-        assert toys.minimal(tuple(named)) == small
+        assert toys.minimal((*named, dict(named[3]))) == small
     # States 1 and 2 do the same: three states suffice, and a fourth cannot be reached.
     assert toys.minimal(({0: 1, 1: 2}, {5: 3}, {5: 3}, {7: 0}, {9: 0})) == ({0: 1, 1: 1}, {5: 2}, {7: 0})
 
@@ -2550,15 +2563,11 @@ def test_toys_splits_share_no_language():
     parts = toys.draw_automata(0, [60, 60, 300])
     keys = [repr(toys.minimal(a)) for part in parts for a in part]
     assert [len(p) for p in parts] == [60, 60, 300] and len(set(keys)) == len(keys)
-    assert toys.draw_automata(0, [60, 60, 20])[0] == parts[0]  # the test set does not depend on the training set
-    assert toys.draw_automata(0, [60, 60, 20])[2] == parts[2][:20]
+    fewer = toys.draw_automata(0, [60, 60, 20])  # the test set does not depend on the training set
+    assert fewer[0] == parts[0] and fewer[2] == parts[2][:20]
     # Real draws hardly ever meet twice; here there are only 12 languages, each under many names.
-    kept, toys.draw_automaton = toys.draw_automaton, lambda rng: toys.minimal(({rng.randrange(12): 1}, {1: 0}, {2: 1}))
-    try:
-        languages = [repr(a) for part in toys.draw_automata(0, [4, 4, 4]) for a in part]
-    finally:
-        toys.draw_automaton = kept
-    assert len(set(languages)) == 12
+    with recorded(draw_automaton=lambda rng: toys.minimal(({rng.randrange(12): 1}, {1: 0}, {2: 1}))):
+        assert len({repr(a) for part in toys.draw_automata(0, [4, 4, 4]) for a in part}) == 12
 
 
 def test_toys_truth_sums_to_one_and_equals_enumeration():
@@ -2593,45 +2602,37 @@ def test_toys_metrics_on_a_case_worked_by_hand():
 
 def test_toys_ngram_on_a_tiny_sequence():
     x = torch.tensor([0, 1, 0, 2, 0, toys.SEP, 0, 1, 3])
-    zero, one, two, three = (toys.ngram(x, n) for n in range(4))
-    pick = lambda p, t: {a: round(v, 4) for a, v in enumerate(p[t].tolist()) if v}
-    assert pick(zero, 3) == {a: round(1 / 18, 4) for a in range(18)}
-    assert pick(one, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
-    assert pick(two, 2) == {1: 1.0}               # 0 was followed by 1
-    assert pick(two, 4) == {1: 0.5, 2: 0.5}
-    assert pick(two, 3) == {0: 0.5, 1: 0.25, 2: 0.25}  # after 2, new: backs off to single symbols
-    assert pick(two, 5) == {0: 1.0}               # a string started with 0 before
-    assert pick(three, 6) == {1: 1.0}             # a second string begins with 0: the first went on with 1
-    assert pick(two, 6) == {1: 0.5, 2: 0.5}       # and the 0 before a separator has no follower
-    assert pick(three, 7) == {0: 1.0}
-    for p in (one, two, three):
+    probs = [toys.ngram(x, n) for n in range(4)]
+    for n, t, expected in ((0, 3, {a: round(1 / 18, 4) for a in range(18)}), (1, 3, {0: 0.5, 1: 0.25, 2: 0.25}),
+                           (2, 2, {1: 1.0}),                       # 0 was followed by 1
+                           (2, 4, {1: 0.5, 2: 0.5}),
+                           (2, 3, {0: 0.5, 1: 0.25, 2: 0.25}),     # after 2, new: backs off to single symbols
+                           (2, 5, {0: 1.0}),                       # a string started with 0 before
+                           (3, 6, {1: 1.0}),                       # a second string begins with 0: the first went on with 1
+                           (2, 6, {1: 0.5, 2: 0.5}),               # and the 0 before a separator has no follower
+                           (3, 7, {0: 1.0})):
+        assert {a: round(p, 4) for a, p in enumerate(probs[n][t].tolist()) if p} == expected, (n, t)
+    for p in probs[1:]:
         assert torch.allclose(p.sum(1), torch.ones(9))
-        cut = toys.ngram(x[:5], 3)
-        assert torch.equal(cut, three[:5])        # only the past is used
+    assert torch.equal(toys.ngram(x[:5], 3), probs[3][:5])         # only the past is used
 
 
 def test_toys_brackets_are_balanced_and_asked_for():
     far = 0
     for seed in range(40):
-        T = 96
-        word, y, distance = toys.brackets(random.Random(seed), T)
-        assert len(word) == len(y) == len(distance) == T
-        stack = []
-        for t, token in enumerate(word):
-            if 1 <= token <= 8:
-                stack.append((token, t))
-                assert len(stack) <= 4
+        word, y, distance = toys.brackets(random.Random(seed), 96)
+        assert len(word) == len(y) == len(distance) == 96
+        openers = []
+        for t, token in enumerate([*word, max(y[-1], 0)]):  # the last closer is an answer alone
+            assert t == 0 or y[t - 1] == (token if token > 8 else -1)
+            if token > 8:
+                opener, then = openers.pop()
+                assert token == opener + 8 and distance[t - 1] == t - then
+                far += t - then >= 32
             elif token:
-                opener, _ = stack.pop()
-                assert token == opener + 8
-            following = word[t + 1] if t + 1 < T else None
-            if following is not None and following > 8:
-                assert y[t] == following == stack[-1][0] + 8 and distance[t] == t + 1 - stack[-1][1]
-                far += distance[t] >= 32
-            elif following is not None:
-                assert y[t] == -1
-        assert len(stack) <= 1  # the word is T + 1 long: its last closer may be the target alone
-        assert y[-1] == -1 or stack and y[-1] == stack[-1][0] + 8
+                openers.append((token, t))
+                assert len(openers) <= 4
+        assert not openers
     assert far > 40
 
 
@@ -2640,10 +2641,9 @@ def test_toys_copy_repeat_and_recall_ask_what_they_say():
         rng = random.Random(seed)
         x, y, d = toys.copy(rng, 80)
         asked = [t for t in range(80) if y[t] >= 0]
-        assert len(asked) >= 8 and max(d) >= 9 and len(x) == len(y) == len(d) == 80
+        assert len(asked) >= 8 and max(d) >= 9 and len(x) == len(y) == len(d) == 80 and asked[-1] == 79
         for t in asked:
             assert y[t] == x[t + 1 - d[t]] and (t == 79 or x[t + 1] == y[t])
-        assert asked[-1] == 79
         x, y, d = toys.repeat(rng, 80)
         for t in range(80):
             assert y[t] == (x[t] in x[:t])
@@ -2652,25 +2652,25 @@ def test_toys_copy_repeat_and_recall_ask_what_they_say():
         for t in range(80):
             assert (y[t] >= 0) == (8 <= x[t] < 24)
             if y[t] >= 0:
-                key = x[t] - 8
-                writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == key]
+                writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8]
                 assert y[t] == (x[writes[-1]] - 24) % 8 and d[t] == t - writes[-1]
         for task, (make, vocabulary) in toys.TASKS.items():
             x, y, _ = make(rng, 70)
-            assert 0 <= min(x) and max(max(x), max(y)) < vocabulary, task
+            assert 0 <= min(x) and max(*x, *y) < vocabulary, task
 
 
 def test_toys_same_seed_same_data():
     for task in toys.TASKS:
-        a, b, c = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5)))
-        assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0])
-        assert not torch.equal(a[0], toys.length_batch(task, 3, 40, 1, 6)[0])
+        a, b, c, d = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5), (1, 6)))
+        assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0]) and not torch.equal(a[0], d[0])
     one, same, other = (toys.moons_batch(7, toys.Moons(seed=s))[0] for s in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     automata = toys.draw_automata(2, [5])[0]
-    assert torch.equal(toys.Instances(automata, 1, 64).x, toys.Instances(automata, 1, 64).x)
-    assert not torch.equal(toys.Instances(automata, 1, 64).x, toys.Instances(automata, 2, 64).x)
+    one, same, other = (toys.Instances(automata, s, 64).x for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
+
+# ---------------------------------------------------------------- moons
 
 def test_toys_moons_never_train_on_the_validation_ratios():
     for heads in (1, 3):
@@ -2704,29 +2704,19 @@ def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
 
 
 def test_toys_moons_is_strictly_causal():
-    """The loss from observation n on reads values that peek one step, never the observation it predicts."""
+    """The prediction of x_42 is that of the definition written out: it reads values that peek one step, but not x_42."""
     net = moons_solution(3)
     x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]]), 60)
-    changed = x.clone()
-    changed[:, 40:] = torch.exp(1j * torch.rand(1, 20, 3) * 6)
-    kept = {}
-    for name, data in (("as is", x), ("changed", changed)):
-        phi, psi, _ = net.matrices()
-        probe = data.clone().requires_grad_()
-        net.cfg = replace(net.cfg, loss_clip=100.0)
-        loss = net(probe[:, :43], torch.zeros(1), torch.tensor([40]))     # x_42 alone is predicted
-        kept[name] = torch.autograd.grad(loss, probe)[0][0].abs().sum(1)
-    assert kept["changed"][42] > 0 and (kept["changed"][43:] == 0).all()
-    with torch.no_grad():
-        a = net(changed[:, :43], torch.zeros(1), torch.tensor([40]))
-    other = changed[:, :43].clone()
-    other[:, 42] = -other[:, 42]
-    b = net(other, torch.zeros(1), torch.tensor([40]))
-    # |p - x|² + |p + x|² = 2|p|² + 2|x|² holds only if p is the same in both
-    pair = torch.stack([changed[0, 42], -changed[0, 42]])
-    p = net_prediction(net, changed[:, :42])
-    expected = [(torch.view_as_real(p - v).square().mean()).item() for v in pair]
-    assert abs(a.item() - expected[0]) < 1e-5 and abs(b.item() - expected[1]) < 1e-5
+    x[:, 40:] = torch.exp(1j * torch.rand(1, 20, 3) * 6)
+    alone = torch.zeros(1), torch.tensor([40])    # no sharpening; of x_2, x_3, … x_42 alone counts
+    expected = net_prediction(net, x[:, :42])
+    with mock.patch.object(toys, "LOSS_CLIP", 100.0):
+        for sign in (1, -1):                      # the same prediction, whatever x_42 is
+            x[:, 42] *= sign
+            loss = net(x[:, :43], *alone).item()
+            assert abs(loss - torch.view_as_real(expected - x[0, 42]).square().mean().item()) < 1e-5
+    with mock.patch.object(toys, "LOSS_CLIP", loss / 2):
+        assert abs(net(x[:, :43], *alone).item() - loss / 2) < 1e-6
 
 
 def net_prediction(net, x):
@@ -2755,86 +2745,121 @@ def test_toys_disentangled_needs_one_moon_a_head_everywhere():
 
 
 def test_toys_moons_converges():
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        cfg = toys.Moons(T=160, skip=60, steps=220, sequences=16, out_dir=out)
-        result = toys.run_one(cfg)
-        kept = json.loads(toys.result_path(cfg).read_text())
-    assert kept == result and result["disentangled"], result["smallest_share"]
+    with tempfile.TemporaryDirectory() as out:
+        status, text, err = call(toys.main, "moons", "--heads=3", "--T=160", "--skip=60", "--steps=220", "--sequences=16",
+                                 "--jobs=1", f"--out_dir={out}")
+        result = json.loads(Path(out, "moons", "3-steps=220-T=160-skip=60-sequences=16-s1", "result.json").read_text())
+        assert status == 0 and {p.name for p in Path(out).glob("*.png")} == {"moons.png", "moons-matrices.png"}, err
     first, _, _, known, _ = result["stairs"]
-    assert first > 0.5 and known < 0.08, result["stairs"]
-    assert result["matrices"] and np.hypot(*np.array(result["matrices"][0]).transpose(2, 0, 1)).max() > math.exp(cfg.sharpen)
+    assert result["disentangled"] and first > 0.5 and known < 0.08, (result["smallest_share"], result["stairs"])
+    assert f"{first:.3f} |" in text and "1/1" in text
+    assert np.hypot(*np.array(result["matrices"][0]).transpose(2, 0, 1)).max() > math.exp(1.2)  # keys hold the sharpening
 
 
-def run_toy(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = toys.main(list(argv))
-    return code, out.getvalue(), err.getvalue()
-
+# ---------------------------------------------------------------- runs and reports
 
 def test_toys_bad_flags_are_one_line():
-    for argv, part in ((["recal"], "recall"), (["moons", "--hedas=1"], "--heads"), (["moons", "--steps=many"], "whole number"),
-                       (["moons", "--heads=2"], "expected one of 1, 3"), (["recall", "--model=deltanets"], "deltanet"),
-                       (["regbench", "--n_embd=63"], "n_head"), (["moons", "--seeds=0"], "--seeds"), (["copy", "--task=x"], "--task"),
-                       (["moons", "--skip=300"], "--skip"), (["regbench", "--seed=1"], "--seeds"), (["--nonsense"], "--nonsense"),
-                       (["recall", "--seeds=1,2"], "--seeds"), (["moons", "--lr=nan"], "--lr"), (["rmt"], "expected a toy"),
-                       (["recall", "--model=rmt", "--window=24"], "--window=24"), (["moons", "--sharpen=-2"], "--sharpen")):
-        code, _, err = run_toy(*argv)
-        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and part in err, (argv, err)
+    for argv, *words in (("recal", "recall"), ("moons --hedas=1", "--heads"), ("moons --steps=many", "whole number"),
+                         ("moons --heads=2", "expected one of 1, 3"), ("recall --model=deltanets", "deltanet"),
+                         ("regbench --n_embd=63", "n_head"), ("moons --seeds=0", "seeds"), ("copy --task=x", "--task"),
+                         ("moons --skip=300", "skip", "T=256"), ("regbench --seed=1", "--seeds"), ("--nonsense", "--nonsense"),
+                         ("recall --seeds=1,2", "--seeds: expected one value; --seeds=N runs the seeds 1 to N"),
+                         ("moons --out_dir=a,b", "--out_dir: expected one value"), ("moons --lr=nan", "lr"), ("rmt", "expected a toy"),
+                         ("recall --model=rmt --window=24", "window=24"), ("moons --sharpen=-2", "sharpen"),
+                         ("moons --optimizer=muon", "adamw"), ("moons --dtype=bfloat16", "float32"),
+                         ("recall --dtype=bfloat16", "--dtype=bfloat16"), ("regbench --model=ropes", "did you mean rope?")):
+        refused(toys.main, argv.split(), *words)
 
 
-def test_toys_length_run_leaves_result_picture_and_table():
+def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_layer_too():
+    for name, settings in toys.LENGTH_MODELS.items():
+        assert analyze.condition(settings).split()[0] == name
+    assert [toys.Length(model="local").architecture().window_of(i) for i in range(2)] == [16, 16]
+    assert toys.Length(model="global").architecture().window_of(1) is None
+    changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]
+    settings, shared = toys.grouped(toys.Moons, [dict(config=vars(replace(cfg, T=300))) for cfg in changed + changed[:1]])
+    assert [(s.name, len(s.runs)) for s in settings] == [("1 head", 2), ("3 heads", 1), ("3 heads, lr=0.01", 1)]
+    assert shared == " (all with T=300)"
+
+
+def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_runs_are_skipped():
     with tempfile.TemporaryDirectory() as out:
-        flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=1",
+        flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=2",
                  f"--out_dir={out}"]
-        todo = toys.plan(flags)
-        assert [(c.model, c.seed) for c in todo] == [("local", 1), ("local", 2), ("deltanet", 1), ("deltanet", 2)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            for cfg in todo:
-                toys.run_one(cfg)
-        code, text, err = run_toy(*flags)
-        assert code == 0, err
-        assert "4 of 4 models are finished already" in text and "recall.png" in text and "deltanet" in text
-        assert (Path(out) / "recall.png").read_bytes()[:4] == b"\x89PNG"
-        made = sorted(p.name for p in (Path(out) / "length").iterdir())
-        assert len(made) == 4 and all(name.endswith(".json") for name in made)
-        r = json.loads((Path(out) / "length" / made[0]).read_text())
-        assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])
-        assert r["state_bytes"][0] == r["state_bytes"][-1]  # the delta rule's state does not grow
-        assert sum(b["asked"] for b in r["by_distance"]) > 0
-
-
-def test_toys_workers_side_by_side_and_a_second_run_that_skips():
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, toys.__file__, "copy", "--model=local", "--seeds=3", "--steps=2", "--n_embd=16", "--test_rows=2",
-                   "--T=32", "--jobs=2", f"--out_dir={out}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        assert [(c.model, c.seed) for c in toys.plan(flags)] == [("local", 1), ("local", 2), ("deltanet", 1), ("deltanet", 2)]
+        done = subprocess.run([sys.executable, toys.__file__, *flags], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert "3/3  length copy-local" in done.stdout and "[copy-local-n" not in done.stdout.split("3/3")[1]
-        one = json.loads(next(Path(out, "length").glob("*-s2.json")).read_text())
-        with contextlib.redirect_stdout(io.StringIO()):
-            again = toys.run_one(next(c for c in toys.plan(command[2:]) if c.seed == 2))
-        assert one["accuracy"] == again["accuracy"]  # a function of the settings alone
+        assert "4/4  recall-" in done.stdout and "[recall-" not in done.stdout.split("4/4")[1] and "skipped" not in done.stdout
+        made = sorted(Path(out, "length").glob("*/result.json"))
+        results = [json.loads(path.read_text()) for path in made]
+        made[0].unlink()
+        status, text, err = call(toys.main, *flags, "--jobs=1")
+        assert status == 0 and "3 of 4 runs are finished already" in text, err
+        assert json.loads(made[0].read_text())["accuracy"] == results[0]["accuracy"]  # a function of the settings alone
+        assert Path(out, "recall.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "local 0." in text
+    r = results[0]
+    assert len(made) == 4 and made[0].parent.name == r["name"] and (r["toy"], r["config"]["model"], r["seed"]) == ("length", "deltanet", 1)
+    assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])
+    assert r["state_bytes"][0] == r["state_bytes"][-1]  # the delta rule's state does not grow
+    assert sum(b["asked"] for b in r["by_distance"]) > 0
 
 
-def test_toys_local_means_local_in_the_last_layer_too():
-    cfg = toys.architecture(toys.Length(model="local"))
-    assert [cfg.window_of(i) for i in range(2)] == [16, 16]
-    assert toys.architecture(toys.Length(model="global")).window_of(1) is None
+def test_toys_length_counts_the_last_tokens_and_all_distances():
+    """Every answer is 0. One model gives it but in the last T tokens, the other only there."""
+    def batch(task, rows, T, *seed):
+        return torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int64), torch.arange(1, T + 1).expand(rows, T)
+
+    cfg = toys.Length(T=32, test_rows=2, window=16)
+    for wrong_at_the_end in (True, False):
+        def stream(x):
+            at_the_end = torch.arange(x.size(1)) >= x.size(1) - cfg.T
+            return F.one_hot((at_the_end == wrong_at_the_end).long().expand(x.shape), 2).float(), None
+        with recorded(length_batch=batch):
+            r = toys.measure_length(SimpleNamespace(stream=stream), cfg)
+        assert r["accuracy"] == [0.0 if wrong_at_the_end else 1.0] * 4
+        assert [b["distance"] for b in r["by_distance"]] == [[1, 15], [16, 31], [32, 63], [64, 127], [128, 255]]
+        assert [b["asked"] for b in r["by_distance"]] == [30, 32, 64, 128, 256]
+        assert [round(b["accuracy"], 3) for b in r["by_distance"]] == ([1, 1, 1, 1, 0.758] if wrong_at_the_end else [0, 0, 0, 0, 0.242])
+        assert abs(r["far_accuracy"] - (193 if wrong_at_the_end else 32) / 225) < 1e-6
 
 
-def test_toys_regbench_batches_visit_every_automaton_once_an_epoch():
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        batches = []
-        kept, toys.fit = toys.fit, lambda model, batch_fn, cfg: batches.extend(batch_fn(i) for i in range(5))
-        try:
-            result = toys.run_one(toys.RegBench(automata=10, T=24, n_embd=16, n_head=1, n_layer=1, test_automata=4, batch_size=4,
-                                                out_dir=out))
-        finally:
-            toys.fit = kept
-    rows = [tuple(row) for x, _ in batches for row in x.tolist()]
+def test_toys_length_tests_on_rows_that_were_not_trained_on():
+    with recorded(length_batch=toys.length_batch, fit=five_batches) as calls:
+        toys.length_job(toys.Length(T=32, batch_size=8, test_rows=8, **SMALL))
+    trained = {tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()}
+    tested = [x for _, (x, _, _) in calls["length_batch"][5:]]
+    assert len(trained) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
+    assert not trained & {tuple(row) for row in tested[0].tolist()}
+
+
+def test_toys_regbench_trains_on_every_automaton_once_an_epoch_and_tests_on_others():
+    cfg = toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **SMALL)
+    with recorded(Instances=toys.Instances, fit=five_batches) as calls:
+        result = toys.regbench_job(replace(cfg, steps=5))
+    made = calls["Instances"]
+    rows = [tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()]
     assert len(rows) == 20 and len(set(rows[:10])) == 10 and set(rows[:10]) == set(rows[10:])
-    assert set(result) >= {"ood", "valid", "iid", "parameters", "seconds", "device", "versions", "config"}
+    assert set(result) == {"ood", "valid", "iid", "parameters"}
+
+    # By their seeds these are ood, valid, training and iid. All are the languages of one draw, without a repetition.
+    ood, valid, trained, iid = ({repr(a) for a in automata} for (automata, _, _), _ in sorted(made, key=lambda made: made[0][1]))
+    assert (len(ood), len(valid), len(trained), len(ood | valid | trained)) == (4, 4, 10, 18) and iid < trained
+    assert len({seed for (_, seed, _), _ in made}) == 4  # iid has other strings of these automata
+
+
+def test_toys_regbench_report_chooses_on_the_validation_automata():
+    def result(lr, valid, ood):
+        scores = {name: dict.fromkeys(toys.METRICS, value) for name, value in (("valid", valid), ("ood", ood), ("iid", 0.5))}
+        return dict(scores, config=vars(toys.RegBench(model="mosaic", automata=100, T=24, test_automata=4, lr=lr)), parameters=1)
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as text:
+        results = [result(0.001, 0.6, 0.9), result(0.002, 0.8, 0.7), result(0.004, 0.7, 0.95)]
+        for order in (results, results[::-1]):
+            (experiment, said, here), = toys.report_regbench(order, Path(out))
+            assert experiment == "regbench, mosaic, lr=0.002, 100 automata" and here == "0.700 / 0.700" and "0.925 / 0.57" in said
+        assert json.loads(Path(out, "regbench", "baselines.json").read_text())["ood"].keys() >= {"uniform", "3-gram"}
+        assert Path(out, "regbench.png").read_bytes()[:4] == b"\x89PNG" and "RetNet 0.876" in text.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ from torch import Tensor, nn
 
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
-from train import (FitConfig, checked, fit, grid, pick_device, read_flags, run_all, run_name, save,
+from train import (FitConfig, changes, checked, fit, grid, pick_device, read_flags, run_all, run_name, save,
                    save_json, say)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,18 +270,6 @@ class Setting:
     cfg: Toy          # the configuration of the first of them
     name: str         # what tables and figures call them: "deltanet", "3 heads, lr=0.01"
     runs: list[dict]  # their results
-
-
-def changes(cfg: Toy) -> list[str]:
-    """What a run changes in the usual settings, such as ["lr=0.01"]; its seed is none of that."""
-    usual = cfg.usual()
-    found = []
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        says_nothing = f.metadata["group"] == "run" or f.name == "seed"
-        if value != getattr(usual, f.name) and not says_nothing:
-            found.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
-    return found
 
 
 def config_of(kind: type, result: dict) -> Toy:
@@ -1158,7 +1146,7 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
                        "parameters", "seeds"], rows))
     if any(automata == 100 for _, automata in best):
         published = ", ".join(f"{name} {accuracy} / {tvd}" for name, (accuracy, tvd) in TABLE_4.items())
-        say(f"\nTable 4 of the paper, IID acc / TVD at 100 automata: {published}")
+        say(f"Table 4 of the paper, IID acc / TVD at 100 automata: {published}")
     plot_regbench(best, baselines, out)
     return seen
 
