@@ -2076,7 +2076,6 @@ def inside(folder=None):
 
 
 def trained(name, *flags):
-    """Trains out/<name>, if that is not done yet."""
     status, _, err = call(train.main, *SHAPE, f"--name={name}", *flags)
     assert status == 0, err
 
@@ -2435,7 +2434,8 @@ def test_eval_prompts_are_like_the_training_text():
     with inside():
         documents = set(short_documents())
         texts = [t["prompt"] for t in measured("none", "generate", "--new_tokens=2")["texts"]]
-        assert len(set(texts)) == 8 and all(any(d.startswith(text) for d in documents) for text in texts)
+        assert len(set(texts)) == 8 and not documents & set(texts)  # half of it at most: there is something to write
+        assert all(any(d.startswith(text) for d in documents) for text in texts)
         status, out, _ = call(measuring.main, "out/none", "out/mosaic", "--task=generate", "--new_tokens=2")
         assert out.count("  local: ") == out.count("  mosaic: ") == 8
         long = [f"def f{i}():\n\n    return {i}\n" + "x = 1\n" * 50 for i in range(400)]
@@ -2443,13 +2443,12 @@ def test_eval_prompts_are_like_the_training_text():
         beginnings = measuring.document_beginnings(data.load("my_stories.txt", "byte", quiet=True))
         assert len(beginnings) == 8 and all(re.fullmatch(r"def f(\d+)\(\):\n\n    return \1", text) for text in beginnings)
         (run,) = opened("none")
-        opts = measuring.Options()
-        for name, stories in (("text.txt", False), ("my_stories.txt", True), ("tinystories", True), ("b/traindataset.txt", True)):
-            run.cfg.dataset = name
-            assert (measuring.tells_stories(name), measuring.prompts_for(run, opts) is measuring.PROMPTS if stories else False) == (stories, stories)
         assert measuring.prompts_for(run, measuring.Options(prompt=("a",))) == ["a"]
-        os.makedirs("babi"), Path("babi/valdataset.txt").touch()
-        assert measuring.tells_stories("babi") and not measuring.tells_stories("python")
+        run.cfg.dataset = "tinystories"
+        assert measuring.prompts_for(run, measuring.Options()) is measuring.PROMPTS
+        os.makedirs("babi", exist_ok=True), Path("babi/valdataset.txt").touch()
+        stories = ["my_stories.txt", "tinystories", "b/traindataset.txt", "babi"]
+        assert list(filter(measuring.tells_stories, ["text.txt", *stories, "python"])) == stories
     assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
 
 
