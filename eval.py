@@ -1,35 +1,40 @@
-"""Everything that is measured on a trained checkpoint. Every memory is measured alike: the model is only asked by `stream`.
+"""Everything that is measured on a trained checkpoint.
 
     python eval.py out/<run> [more runs] [--task=bpb,position,...] [--key=value ...]
 
-Each task prints a table and writes out/<run>/eval_<task>.json. A picture of several runs goes to the first one's folder.
+Every memory is measured alike, because the model is only asked by `stream`. Each task prints a table
+and writes out/<run>/eval_<task>.json. A picture of several runs goes to the first one's folder.
 
 Tasks
     bpb         bits per byte on the validation rows: the number that training ends with
     position    the same by position in the row, and by position in the document
-    extend      bits per byte on rows of up to 16 times the training length. The spans of such a row hold different text,
-                so that one span of several runs compares, and several spans of one run do not.
-    niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of validation text
+    extend      bits per byte on rows of up to 16 times the training length. The spans of such a row
+                hold different text: one span of several runs compares, several spans of one do not.
+    niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of
+                validation text
     ood         loss by position on another corpus (Memory Mosaics, figure 10)
-    attention   what the last position attends to, per head, at 1x and 3x the training length (its figures 12, 13, 15).
-                Of knn it is the attention to the window alone.
-    generate    continuations of the beginnings of validation documents. A model of stories gets the 24 prompts of
-                Memory Mosaics' table 1, and --prompt is any other text.
+    attention   what the last position attends to, per head, at 1x and 3x the training length (its
+                figures 12, 13, 15). Of knn it is the attention to the window alone.
+    generate    continuations of the beginnings of validation documents. A model of stories gets the
+                24 prompts of Memory Mosaics' table 1, and --prompt is any other text.
     speed       prefill, ms a token, state bytes and peak memory against context length
 
 Glossary
-    row, document   a row is what the model reads as one sequence; it holds one document or several (see data.py)
+    row, document   a row is what the model reads as one sequence; it holds one document or several
+                    (see data.py)
     target          the token after a position, which the model is to predict
-    sums            nats, bytes and targets, summed by position: a tensor (3, positions), float64
-    bucket          neighbouring positions taken together. Nats and bytes are summed before they are divided, bpb =
-                    Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
-    piece           the tokens that one call of `stream` reads: as many as a row had in training. So only the state grows
-                    with the length of a row.
-    reached, limit  how far a row could be read, and what ended it: out of memory, or no more learned positions
+    sums            nats, bytes and targets, summed by position: a tensor (3,positions), float64
+    bucket          neighbouring positions taken together. Nats and bytes are summed before they are
+                    divided, bpb = Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
+    piece           the tokens that one call of `stream` reads: as many as a row had in training. So
+                    only the state grows with the length of a row.
+    reached, limit  how far a row could be read, and what ended it: out of memory, or no more
+                    learned positions
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
-    options, opening runs, reading through the state, files and pictures, then a section a task, main
+    options, opening runs, limits, reading through the state, files and pictures, then a section a
+    task, main
 
 References
     needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack
@@ -57,35 +62,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError, did_you_mean, encode
-from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, attend, check_options, extend, option,
-                   rotary, state_bytes)
-from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in, load_corpus, load_run,
-                   parse_value, peak_memory_mib, pick_device, read_flags, reset_peak_memory, save, save_json)
+from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, attend,
+                   check_options, extend, option, rotary, state_bytes)
+from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in,
+                   load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
+                   reset_peak_memory, save, save_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options. The last word of each is the task that it belongs to.
+# Options. The text in third place says which tasks an option belongs to.
 
 @dataclass
 class Options:
     """What is measured, and how. Raises ValueError for a value that is not allowed."""
     task: str = option("all", "which ones, with commas, or all", "every task")
-    device: str = option("auto", "auto = cuda where there is one", "every task", ("auto", "cpu", "cuda"))
-    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed", low=0, high=2**63 - 1)
-    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood", low=0)
-    bucket: int = option(64, "positions taken together (ood: a quarter of it)", "position, extend, ood", low=4)
+    device: str = option("auto", "auto = cuda where there is one", "every task",
+                         choices=("auto", "cpu", "cuda"))
+    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed",
+                       low=0, high=2**63 - 1)
+    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood",
+                         low=0)
+    bucket: int = option(64, "positions taken together (ood: a quarter of it)",
+                         "position, extend, ood", low=4)
     factor: int = option(16, "the longest rows, in training lengths", "extend", low=1)
     rows: int = option(8, "rows to read", "extend", low=1)
     lengths: str = option("", "tokens, with commas; by default 1/2, 1, 2 and 4 training lengths", "niah")
-    depths: str = option("0,0.25,0.5,0.75,1", "of the needle: 0 at the start, 1 right before the question", "niah")
-    pairs: int = option(8, "pairs of keys asked for at each length and depth", "niah", low=2, high=20_000)
-    needle: str = option("\nThe secret key is {key}.\n", "the needle; up to {key} it is also the question", "niah")
+    depths: str = option("0,0.25,0.5,0.75,1", "of the needle, with commas: 0 at the start, "
+                         "1 right before the question", "niah")
+    pairs: int = option(8, "pairs of keys asked for at each length and depth", "niah",
+                        low=2, high=20_000)
+    needle: str = option("\nThe secret key is {key}.\n",
+                         "the needle; up to {key} it is also the question", "niah")
     dataset: str = option("python-docs", "the other corpus, a name or a path", "ood")
     sequences: int = option(64, "rows to average (the paper: 5000)", "attention", low=1)
     prompt: tuple = option((), "a prompt of your own; may be given several times", "generate")
     new_tokens: int = option(60, "tokens to write", "generate", low=1)
     temperature: float = option(0.0, "0 takes the likeliest token", "generate", low=0)
-    memory: str = option("", "untrained models of the run's shape to compare with: names with commas, or all", "speed")
+    memory: str = option("", "untrained models of the run's shape to compare with: names with "
+                         "commas, or all", "speed")
     context: int = option(65536, "the longest context in tokens", "speed", low=1)
 
     def __post_init__(self):
@@ -97,7 +111,8 @@ class Options:
         self.other_memories()
         question, key, _ = self.needle.partition("{key}")
         if not question.strip() or not key:
-            raise ValueError(f"needle={self.needle!r} was given, expected text, then {{key}} where the key goes")
+            raise ValueError(f"needle={self.needle!r} was given, "
+                             "expected text, then {key} where the key goes")
 
     def tasks(self) -> list[str]:
         """The names of the tasks to do."""
@@ -125,18 +140,21 @@ class Options:
 
 
 def known_names(name: str, text: str, known) -> list[str]:
-    """A list with commas, such as bpb,niah. Raises ValueError for a name that is not among the known ones."""
+    """A list with commas, such as bpb,niah. Raises ValueError for a name that is not among the
+    known ones."""
     names = text.split(",")
     for given in names:
         if given not in known:
             hint = did_you_mean(given, known)
-            raise ValueError(f"{name}={text} was given, but {given!r} is none of {', '.join(known)}{hint}")
+            expected = ", ".join(known)
+            raise ValueError(f"{name}={text} was given, but {given!r} is none of {expected}{hint}")
     return names
 
 
 def numbers(name: str, text: str, kind: type, low, high) -> list:
     """A list with commas, such as 0,0.5,1. Raises ValueError."""
-    refusal = ValueError(f"{name}={text} was given, expected numbers from {low} to {high} with commas between them")
+    refusal = ValueError(f"{name}={text} was given, "
+                         f"expected numbers from {low} to {high} with commas between them")
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -148,8 +166,10 @@ def numbers(name: str, text: str, kind: type, low, high) -> list:
 
 def parse_args(argv: list[str]) -> tuple[list[str], Options]:
     """-> run folders, options"""
-    flags, runs = read_flags(Options, argv, usage="eval.py out/<run> [more runs] [--task=bpb,niah,...] [--key=value ...]",
-                             description=__doc__.split("\n\nGlossary")[0], words="folders that train.py wrote")
+    usage = "eval.py out/<run> [more runs] [--task=bpb,niah,...] [--key=value ...]"
+    description = __doc__.split("\n\nGlossary")[0]
+    flags, runs = read_flags(Options, argv, usage, description, words="folders that train.py wrote")
+
     settings = {}
     for name, text in flags.items():
         # The flag of a tuple gives all its texts; every other value is parsed.
@@ -176,7 +196,8 @@ class Run(NamedTuple):
         return analyze.condition(vars(self.cfg))
 
     def rows_at_once(self, length: int) -> int:
-        """How many rows of `length` tokens are read together: as many tokens as in training, so that they fit."""
+        """How many rows of `length` tokens are read together: as many tokens as in training, so
+        that they fit."""
         rows = min(self.cfg.device_batch_size or self.cfg.batch_size, self.cfg.batch_size)
         return max(1, rows * self.cfg.max_seq_len // length)
 
@@ -190,7 +211,8 @@ class Run(NamedTuple):
 def open_runs(paths: list[str], opts: Options) -> list[Run]:
     """The trained runs in these folders, on the device that is asked for. Raises UserError."""
     runs = []
-    for path in map(Path, dict.fromkeys(paths)):  # without repeats: one run may match two patterns of a shell
+    # One run may match two patterns of a shell: it is opened once.
+    for path in map(Path, dict.fromkeys(paths)):
         if not path.exists():
             siblings = path.parent.iterdir() if path.parent.is_dir() else []
             hint = did_you_mean(str(path), map(str, siblings)) or "; give a folder that train.py wrote"
@@ -202,6 +224,7 @@ def open_runs(paths: list[str], opts: Options) -> list[Run]:
         folder = path if path.is_dir() else path.parent
         runs.append(Run(folder, "", model.to(pick_device(cfg)), cfg))
 
+    # Runs that only a folder tells apart are called by their folders.
     labels = [label_of(run, runs) for run in runs]
     if len(set(labels)) < len(labels):
         labels = [run.folder.name for run in runs]
@@ -211,6 +234,8 @@ def open_runs(paths: list[str], opts: Options) -> list[Run]:
 def label_of(run: Run, runs: list[Run]) -> str:
     """The condition, and the settings in which its runs differ: "rmt rmt_tokens=8", "knn s2"."""
     alike = [other.cfg for other in runs if other.condition() == run.condition()]
+
+    # The condition comes first, then what its runs differ in, and the seed at last.
     parts = [run.condition()]
     for f in fields(run.cfg):
         decides = f.metadata["group"] != "run" and f.name not in ("seed", "data_sha256")
@@ -252,7 +277,8 @@ def proc_bytes(path: Path, name: str) -> int:
 
 @contextmanager
 def memory_ceiling(device):
-    """On a CPU Linux kills the process that takes too much memory. Below this ceiling that is an exception instead."""
+    """On a CPU Linux kills the process that takes too much memory. Below this ceiling that is an
+    exception instead."""
     status = Path("/proc/self/status")
     machine = Path("/proc/meminfo")
     if device.type == "cuda" or not (status.exists() and machine.exists()):
@@ -274,14 +300,15 @@ def memory_ceiling(device):
 
 
 def by_halves(function, *tensors: Tensor) -> Tensor:
-    """function(*tensors), a row of the result for each row of the tensors. Where all rows are too many for the memory,
-    half of them at a time: a limit is to be that of a single sequence."""
+    """function(*tensors), a row of the result for each row of the tensors. Where all rows are too
+    many for the memory, half of them at a time: a limit is to be that of a single sequence."""
     rows = len(tensors[0])
     try:
         return function(*tensors)
     except FAILURES as e:
         if limit(e) != OUT_OF_MEMORY or rows == 1:
             raise
+
     half = (rows + 1) // 2
     first = by_halves(function, *[t[:half] for t in tensors])
     second = by_halves(function, *[t[half:] for t in tensors])
@@ -293,8 +320,8 @@ def by_halves(function, *tensors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) after what `state` remembers, piece by piece. Yields where a piece begins, its logits
-    (rows,piece,V) in float32, and the state after it."""
+    """Streams the tokens x (rows,T) after what `state` remembers, piece by piece. Yields where a
+    piece begins, its logits (rows,piece,V) in float32, and the state after it."""
     device = pick_device(run.cfg)
     piece = run.cfg.max_seq_len
     for start in range(0, x.size(1), piece):
@@ -304,7 +331,8 @@ def read(run: Run, x: Tensor, state=None):
 
 
 def read_to_end(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) -> the last piece's logits (None if T is 0), the state after it."""
+    """Streams the tokens x (rows,T) -> the last piece's logits (None if T is 0), the state after
+    it."""
     last = deque(read(run, x, state), maxlen=1)  # the logits of the pieces before it are not kept
     if not last:
         return None, state
@@ -316,8 +344,9 @@ UNREAD = -1.0  # in place of nats, which are never negative
 
 
 def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
-    """Nats of each target y (rows,T), float64 on the CPU; UNREAD from where the rows cannot be read on. Then the reason
-    is appended to `limits`. Raises an error of memory as long as there are several rows: fewer may fit."""
+    """Nats of each target y (rows,T), float64 on the CPU; UNREAD from where the rows cannot be read
+    on. Then the reason is appended to `limits`. Raises an error of memory as long as there are
+    several rows: fewer may fit."""
     nats = torch.full(y.shape, UNREAD, dtype=torch.float64)
     try:
         for start, logits, _ in read(run, x):
@@ -345,11 +374,13 @@ def buckets(sums: Tensor, width: int) -> dict:
     nats, size, targets = F.pad(sums, (0, -T % width)).view(3, -1, width).sum(-1).tolist()
     bpb = [bits_per_byte(n, b) for n, b in zip(nats, size)]
     loss = [n / t if t else None for n, t in zip(nats, targets)]
-    return dict(bucket=width, positions=list(range(0, T, width)), nats=nats, bytes=size, targets=targets, bpb=bpb, loss=loss)
+    return dict(bucket=width, positions=list(range(0, T, width)), nats=nats, bytes=size, targets=targets,
+                bpb=bpb, loss=loss)
 
 
 def add_tokens(digest, x: Tensor, y: Tensor) -> None:
-    """Adds the tokens of rows x and their targets y to a hash: runs with the same hash were measured on the same text."""
+    """Adds the tokens of rows x and their targets y to a hash: runs with the same hash were
+    measured on the same text."""
     tokens = torch.cat([x, y[:, -1:]], 1)
     digest.update(tokens.to(torch.int32).numpy().tobytes())
 
@@ -363,10 +394,11 @@ def has_rows(corpus, length: int) -> bool:
 
 
 def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[dict, Tensor]:
-    """Bits per byte on validation rows of `length` tokens, `tokens` in all (0 = all there are) -> result, sums (3,length)
-    by position in the row.
+    """Bits per byte on validation rows of `length` tokens, `tokens` in all (0 = all there are) ->
+    result, sums (3,length) by position in the row.
 
-    A position is the number of tokens read after the first: of the row, or of the target's own document in that row.
+    A position is the number of tokens read after the first: of the row, or of the target's own
+    document in that row.
     """
     by_row = torch.zeros(3, length, dtype=torch.float64)
     by_document = torch.zeros(3, length, dtype=torch.float64)
@@ -387,10 +419,14 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
         document_positions = (doc_pos - 1).clamp(min=0)
         by_document.index_add_(1, document_positions.flatten(), values.flatten(1))
 
+    # Sums first, then their ratio
     nats, _, targets = by_row.sum(1).tolist()
-    result = dict(tokens_sha256=digest.hexdigest(), length=length, reached=reached, limit=limits[0] if limits else None,
-                  val_bpb=bpb_of(by_row), val_loss=nats / targets if targets else None,
-                  bpb_by_position=buckets(by_row, bucket), bpb_by_document_position=buckets(by_document, bucket))
+    result = dict(tokens_sha256=digest.hexdigest(), length=length, reached=reached,
+                  limit=limits[0] if limits else None,
+                  val_bpb=bpb_of(by_row),
+                  val_loss=nats / targets if targets else None,
+                  bpb_by_position=buckets(by_row, bucket),
+                  bpb_by_document_position=buckets(by_document, bucket))
     return result, by_row
 
 
@@ -428,22 +464,30 @@ def print_table(head: list[str], rows: list[list]) -> None:
     print(analyze.table(head, rows), end="")
 
 
+def tell_limit(label: str, result: dict) -> None:
+    """Tells what kept a model from reading on, if anything did."""
+    if result["limit"]:
+        print(f"{label}: read up to {result['reached']:,} tokens, then: {result['limit']}")
+
+
 def note_other_tokens(results: list[dict]) -> None:
     """Tells if the runs were not measured on the same tokens."""
     if len({r["tokens_sha256"] for r in results}) > 1:
-        print("note: these runs were measured on different tokens (tokens_sha256), so their numbers don't compare")
+        print("note: these runs were measured on different tokens (tokens_sha256), "
+              "so their numbers don't compare")
 
 
 def looks(runs: list[Run]) -> list[dict]:
-    """How each run's curve is drawn: colour and marker by condition, dashes for several runs of one. Markers are hollow, so
-    that curves that coincide are all seen."""
+    """How each run's curve is drawn: colour and marker by condition, dashes for several runs of
+    one. Markers are hollow, so that curves that coincide are all seen."""
     import analyze
     drawn = Counter()
     styles = []
     for run in runs:
         condition = run.condition()
         dashes = ("-", "--", ":", "-.")[drawn[condition] % 4]
-        styles.append(dict(analyze.look(condition), linestyle=dashes, linewidth=1.5, markersize=7, markerfacecolor="none"))
+        styles.append(dict(analyze.look(condition), linestyle=dashes, linewidth=1.5, markersize=7,
+                           markerfacecolor="none"))
         drawn[condition] += 1
     return styles
 
@@ -451,7 +495,8 @@ def looks(runs: list[Run]) -> list[dict]:
 def legend_below(figure, ax, title: str | None = None) -> None:
     """One legend for all panels, below them."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, title=title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False,
+                  title=title)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,10 +507,13 @@ CURVES = {"row": "bpb_by_position", "document": "bpb_by_document_position"}
 
 def print_by_position(runs: list[Run], results: list[dict], where: str) -> None:
     """Bits per byte of every bucket, a column a run. where: "row" or "document"."""
+    # position -> bits per byte, of each run
     curves = []
     for r in results:
         curve = r[CURVES[where]]
         curves.append(dict(zip(curve["positions"], curve["bpb"])))
+
+    # A run with shorter rows has no number at later positions.
     rows = []
     for position in sorted(set().union(*curves)):
         rows.append([position, *(curve.get(position) for curve in curves)])
@@ -474,10 +522,13 @@ def print_by_position(runs: list[Run], results: list[dict], where: str) -> None:
 
 
 def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list]:
-    """At most `most` points of a curve -> positions (the middle of a bucket, in tokens), values of the quantity.
+    """At most `most` points of a curve -> positions (the middle of a bucket, in tokens), values of
+    the quantity.
 
-    Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left out.
+    Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left
+    out.
     """
+    # Buckets are taken together, by sums again, until there are few enough.
     sums = torch.tensor([curve["nats"], curve["bytes"], curve["targets"]], dtype=torch.float64)
     narrow = curve["bucket"]
     together = math.ceil(sums.size(1) / most)
@@ -506,19 +557,24 @@ def draw_by_position(task: str, runs: list[Run], results: list[dict]) -> None:
             if task == "extend":
                 ax.axvline(run.cfg.max_seq_len, color="gray", lw=1, ls=":")
         ax.set(xlabel=f"position in the {where} (tokens)", ylabel=unit)
-    legend_below(figure, axes[0, 0], title="dotted: training length" if task == "extend" else None)
+    title = "dotted: training length" if task == "extend" else None
+    legend_below(figure, axes[0, 0], title)
     save_picture(runs[0], task, figure)
 
 
 def task_bpb(runs: list[Run], opts: Options) -> None:
-    """Whole rows, by the function that training uses. `position` gets the same number through the state."""
+    """Whole rows, by the function that training uses. `position` gets the same number through the
+    state."""
     results = []
     for run in runs:
         corpus = run.corpus()
         cfg = replace(run.cfg, eval_tokens=opts.tokens or run.cfg.eval_tokens)
+
+        # The hash says which tokens were measured.
         digest = hashlib.sha256()
         for x, y, _ in corpus.eval_batches(cfg.max_seq_len, 64, cfg.eval_tokens or None):
             add_tokens(digest, x, y)
+
         result = dict(tokens_sha256=digest.hexdigest(), **evaluate_bpb(run.model, corpus, cfg))
         save_result(run, "bpb", result)
         results.append(result)
@@ -551,8 +607,8 @@ def span_ends(L: int, factor: int) -> list[int]:
 
 
 def task_extend(runs: list[Run], opts: Options) -> None:
-    """Bits per byte beyond the training length. One pass over the longest rows measures every shorter context too,
-    because the model is causal."""
+    """Bits per byte beyond the training length. One pass over the longest rows measures every
+    shorter context too, because the model is causal."""
     results = []
     rows = []
     for run in runs:
@@ -563,7 +619,8 @@ def task_extend(runs: list[Run], opts: Options) -> None:
         while factor > 1 and not has_rows(corpus, factor * L):
             factor -= 1
         if factor < opts.factor:
-            print(f"note: {corpus.name} has validation text for rows of {factor}, not {opts.factor} training lengths")
+            print(f"note: {corpus.name} has validation text for rows of {factor}, "
+                  f"not {opts.factor} training lengths")
         result, sums = measure(run, corpus, factor * L, opts.rows * factor * L, opts.bucket)
 
         # A span that was not read to its end has no number.
@@ -573,8 +630,7 @@ def task_extend(runs: list[Run], opts: Options) -> None:
             bpb = bpb_of(sums[:, start:end]) if end <= result["reached"] else None
             spans.append(dict(start=start, end=end, bpb=bpb))
             rows.append([run.label, f"{start}-{end}", f"{end // L}x", bpb])
-        if result["limit"]:
-            rows.append([run.label, f"from {result['reached']}", "limit", result["limit"]])
+        tell_limit(run.label, result)
         result["spans"] = spans
         save_result(run, "extend", result)
         results.append(result)
@@ -584,12 +640,15 @@ def task_extend(runs: list[Run], opts: Options) -> None:
 
 
 def task_ood(runs: list[Run], opts: Options) -> None:
-    """Loss by position on a corpus that the model has not seen ("out of distribution"), in the model's own tokens."""
+    """Loss by position on a corpus that the model has not seen ("out of distribution"), in the
+    model's own tokens."""
     results = []
     for run in runs:
+        # A tokenizer that was trained on the run's corpus is asked for by that corpus's name.
         tokenizer = run.cfg.tokenizer
         if tokenizer.startswith("bpe") and "@" not in tokenizer:
             tokenizer += f"@{run.cfg.dataset}"
+
         corpus = load_corpus(opts.dataset, tokenizer)
         tokens = opts.tokens or run.cfg.eval_tokens
         result, _ = measure(run, corpus, run.cfg.max_seq_len, tokens, opts.bucket // 4)
@@ -616,11 +675,15 @@ def draw_keys(encoding, needle: str, pairs: int, seed: int) -> tuple[list, list,
     keys = [encode(encoding, f"{space}{number}").tolist() for number in draws]
     n = Counter(map(len, keys)).most_common(1)[0][0]
     keys = [key for key in keys if len(key) == n]
-    return encode(encoding, before).tolist(), encode(encoding, after).tolist(), torch.tensor(keys[:2 * pairs])
+    before = encode(encoding, before).tolist()
+    after = encode(encoding, after).tolist()
+    return before, after, torch.tensor(keys[:2 * pairs])
 
 
 def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> Tensor:
-    """hay (T,) with the needle at `depth` and the question at its end; together with the answer it is T tokens long."""
+    """hay (T,) with the needle at `depth` and the question at its end; together with the answer it
+    is T tokens long."""
+    # text - needle - text - question; the answer takes the room that is left
     question = torch.tensor(before)
     needle = torch.cat([question, key, torch.tensor(after, dtype=torch.int64)])
     room = len(hay) - len(needle) - len(question) - len(key)
@@ -629,8 +692,9 @@ def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> T
 
 
 def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """How well `answer` (rows,n) continues a text that was read to `state`, its last logits being (rows,1,V)
-    -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,) as 0 or 1; float64."""
+    """How well `answer` (rows,n) continues a text that was read to `state`, its last logits being
+    (rows,1,V) -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
+    as 0 or 1; float64."""
     after = [logits for _, logits, _ in read(run, answer[:, :-1], state)]
     log_p = torch.cat([logits, *after], 1).log_softmax(-1)                              # (rows,n,V)
     target = answer.to(log_p.device)
@@ -640,7 +704,8 @@ def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tens
 
 
 def ask(run: Run, prompt: Tensor, key: Tensor, wrong: Tensor) -> Tensor:
-    """-> (rows,3): log p of the key, of the wrong key, and whether the likeliest tokens spell the key"""
+    """-> (rows,3): log p of the key, of the wrong key, and whether the likeliest tokens spell the
+    key"""
     logits, state = read_to_end(run, prompt)
     # Both answers go on from one state, which nothing changes.
     log_p_key, spelled = score(run, logits[:, -1:], state, key)
@@ -649,8 +714,9 @@ def ask(run: Run, prompt: Tensor, key: Tensor, wrong: Tensor) -> Tensor:
 
 
 def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dict:
-    """One length and one depth. Keys come in pairs: both are hidden in the same text, each is the other's wrong key, and
-    their margins are averaged. So a model that remembers nothing has a margin of 0, whichever number it prefers."""
+    """One length and one depth. Keys come in pairs: both are hidden in the same text, each is the
+    other's wrong key, and their margins are averaged. So a model that remembers nothing has a
+    margin of 0, whichever number it prefers."""
     before, after, keys = draw_keys(corpus.encoding, opts.needle, opts.pairs, opts.seed)
     cell = dict(length=length, depth=depth)
     if length < 2 * (len(before) + keys.size(1)) + len(after) + 1:
@@ -664,6 +730,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     prompts = [hide(row, depth, before, after, key) for row, key in zip(hay[pair % len(hay)], keys)]
     wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
+    # As many rows at once as in training; a limit in any of them is the cell's.
     scores = []
     n = run.rows_at_once(run.cfg.max_seq_len)
     try:
@@ -671,6 +738,8 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
             scores.append(by_halves(partial(ask, run), *batch))
     except FAILURES as e:
         return dict(cell, limit=limit(e))
+
+    # The two keys of a pair are neighbouring rows.
     log_p_key, log_p_wrong, spelled = torch.cat(scores).unbind(1)
     margins = (log_p_key - log_p_wrong).view(-1, 2).mean(1)                             # (pairs,)
     return dict(cell, exact=spelled.mean(), margin=margins.mean(), margins=margins,
@@ -694,16 +763,20 @@ def task_niah(runs: list[Run], opts: Options) -> None:
         L = run.cfg.max_seq_len
         corpus = run.corpus()
         lengths = opts.needle_lengths(L)
+
+        # A line of cells for each length
         cells = []
         rows = []
         for length in lengths:
             line = [plain(niah_cell(run, corpus, length, depth, opts)) for depth in depths]
             cells.extend(line)
             rows.append([length, *map(cell_text, line)])
-        result = dict(needle=opts.needle, keys_seed=opts.seed, lengths=lengths, depths=depths, cells=cells)
+        result = dict(needle=opts.needle, keys_seed=opts.seed, lengths=lengths, depths=depths,
+                      cells=cells)
         save_result(run, "niah", result)
         results.append(result)
-        print(f"{run.label}: margin in nats ± standard error of {opts.pairs} pairs, exact match; trained at {L} tokens")
+        print(f"{run.label}: margin in nats ± standard error of {opts.pairs} pairs, exact match; "
+              f"trained at {L} tokens")
         print_table(["tokens \\ depth", *(f"{depth:g}" for depth in depths)], rows)
     draw_niah(runs, results, opts.pairs)
 
@@ -714,12 +787,14 @@ def draw_niah(runs: list[Run], results: list[dict], pairs: int) -> None:
     cols = min(3, len(runs))
     rows = math.ceil(len(runs) / 3)
     most_lengths = max(len(r["lengths"]) for r in results)
-    figure, axes = analyze.panels(rows, cols, (1.2 + 3.6 * cols, (1 + 0.5 * most_lengths) * rows + 0.4))
+    width = 1.2 + 3.6 * cols
+    height = (1 + 0.5 * most_lengths) * rows + 0.4
+    figure, axes = analyze.panels(rows, cols, (width, height))
     for ax in axes.flat[len(runs):]:
         ax.set_visible(False)
 
     # One scale for all: at least a nat, so that noise stays pale. A cell without a margin is nan.
-    margins = [np.array([cell.get("margin") for cell in r["cells"]], dtype=float) for r in results]
+    margins = [cell_margins(r) for r in results]
     top = np.nanmax(np.abs(np.concatenate([*margins, [1.0]])))
     for i, (run, r) in enumerate(zip(runs, results)):
         image = draw_cells(axes.flat[i], run, r, margins[i], top)
@@ -730,11 +805,20 @@ def draw_niah(runs: list[Run], results: list[dict], pairs: int) -> None:
     save_picture(runs[0], "niah", figure)
 
 
+def cell_margins(result: dict) -> np.ndarray:
+    """The margin of every cell, nan where there is none."""
+    return np.array([cell.get("margin") for cell in result["cells"]], dtype=float)
+
+
 def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
-    """One run's map, the margin and the exact match written into each cell -> the image, for the colour bar."""
+    """One run's map, the margin and the exact match written into each cell -> the image, for the
+    colour bar."""
     lengths = result["lengths"]
     depths = result["depths"]
-    image = ax.imshow(margin.reshape(len(lengths), len(depths)), cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+    grid = margin.reshape(len(lengths), len(depths))
+    image = ax.imshow(grid, cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+
+    # the numbers, white where the colour is dark
     for i, cell in enumerate(result["cells"]):
         text = "limit"
         if "limit" not in cell:
@@ -744,8 +828,9 @@ def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
         ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
 
     names = [f"{n:,}*" if n == run.cfg.max_seq_len else f"{n:,}" for n in lengths]
-    ax.set(xticks=range(len(depths)), xticklabels=[f"{depth:g}" for depth in depths], xlabel="depth (share of the text)",
-           yticks=range(len(lengths)), yticklabels=names, title=run.label)
+    ax.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    ax.set_yticks(range(len(lengths)), names)
+    ax.set(xlabel="depth (share of the text)", title=run.label)
     ax.grid(False)
     return image
 
@@ -757,16 +842,17 @@ RECENT = 16  # tokens that count as recent
 
 
 def one_hot_values(k: Tensor) -> Tensor:
-    """The identity as values: for each of the keys k (B,H,keys,D) a vector of its own, so that attention over them returns
-    its weights. float64."""
+    """The identity as values: for each of the keys k (B,H,keys,D) a vector of its own, so that
+    attention over them returns its weights. float64."""
     B, H, n, _ = k.shape
     return torch.eye(n, dtype=torch.float64, device=k.device).expand(B, H, n, n)
 
 
 def last_weights(layer, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
-    """Where an attention layer looks from the last token of x (B,T,C), having seen `state` before -> the share of what has
-    no position, learned slots and rmt's read memory (B,H), and of each visible token (B,H,tokens), the last being its own.
-    """
+    """Where an attention layer looks from the last token of x (B,T,C), having seen `state` before
+    -> the share of what has no position, learned slots and rmt's read memory (B,H), and of each
+    visible token (B,H,tokens), the last being its own."""
+    # mosaic: keys ask earlier keys
     if isinstance(layer, ContextualMemory):
         k, _ = layer.key(x, None if state is None else state.k_bar)
         keys = k if state is None else extend(state.k, k)
@@ -774,6 +860,7 @@ def last_weights(layer, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
         weights = attend(keys[:, :, -1:].double(), past, one_hot_values(past), scale=1.0)[:, :, 0]
         return weights.new_zeros(weights.shape[:2]), F.pad(weights, (0, 1))
 
+    # attention: queries and keys turn to their positions, and the past comes before them
     q, k, v = layer.project(x, ve)
     state = getattr(state, "local", state)  # of knn's two parts the window
     if layer.theta is not None:
@@ -785,20 +872,24 @@ def last_weights(layer, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
         k = extend(state.k, k)
         v = extend(state.v, v)
     k, _, n_free = layer.with_slots(k, v)
-    weights = attend(q.double(), k.double(), one_hot_values(k), layer.window, n_free, layer.slopes)[:, :, -1]
+
+    # With the identity for values, what attention returns is its weights.
+    values = one_hot_values(k)
+    weights = attend(q.double(), k.double(), values, layer.window, n_free, layer.slopes)[:, :, -1]
     return weights[..., :n_free].sum(-1), weights[..., n_free:]
 
 
 def attention_layers(run: Run) -> list[tuple[int, torch.nn.Module]]:
     """Index and mixer of every layer that attends."""
-    blocks = [module for module in run.model.modules() if isinstance(module, Block)]
-    return [(i, block.mixer) for i, block in enumerate(blocks) if isinstance(block.mixer, (Attention, ContextualMemory))]
+    mixers = [module.mixer for module in run.model.modules() if isinstance(module, Block)]
+    attends = (Attention, ContextualMemory)
+    return [(i, mixer) for i, mixer in enumerate(mixers) if isinstance(mixer, attends)]
 
 
 def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
-    """layer -> where the last position of the rows x (B,T) looks, summed over the rows: (H,1+T), column 0 what has no
-    position, column 1+t token t. All tokens but the last are read, then that one alone, while a hook looks at what every
-    attention layer is given."""
+    """layer -> where the last position of the rows x (B,T) looks, summed over the rows: (H,1+T),
+    column 0 what has no position, column 1+t token t. All tokens but the last are read, then that
+    one alone, while a hook looks at what every attention layer is given."""
     T = x.size(1)
     out = {}
 
@@ -807,6 +898,7 @@ def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
         tokens = F.pad(tokens, (T - tokens.size(-1), 0))  # tokens out of the window get 0
         out[i] = torch.cat([memory[..., None], tokens], -1).sum(0).cpu()
 
+    # The hooks are there for the last token only.
     _, state = read_to_end(run, x[:, :-1])
     hooks = [mixer.register_forward_pre_hook(partial(look, i)) for i, mixer in attention_layers(run)]
     try:
@@ -818,7 +910,9 @@ def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
 
 
 def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[dict]:
-    """Every attention layer's shares per head, the mean of rows of `length` tokens; and λ where it is a mosaic's layer."""
+    """Every attention layer's shares per head, the mean of rows of `length` tokens; and λ where it
+    is a mosaic's layer."""
+    # sums over rows, batch by batch
     total = {}
     n = 0
     for x, *_ in corpus.eval_batches(length, run.rows_at_once(length), sequences * length):
@@ -826,13 +920,15 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
             total[i] = total.get(i, 0) + shares
         n += len(x)
 
+    # means
     profiles = []
     mixers = dict(attention_layers(run))
     for i, shares in total.items():
         leak = None
         if isinstance(mixers[i], ContextualMemory):
             leak = torch.exp(-EXP_SPEEDUP * mixers[i].key.leak.detach().abs()).cpu()    # λ (H,)
-        profiles.append(dict(layer=i, length=length, sequences=n, leak=leak, memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
+        profiles.append(dict(layer=i, length=length, sequences=n, leak=leak,
+                             memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
     return profiles
 
 
@@ -868,13 +964,15 @@ def task_attention(runs: list[Run], opts: Options) -> None:
         else:
             n = found[0]["sequences"]
             print(f"{run.label}: share of the last position's attention, mean of heads and {n} rows")
-            print_table(["layer", "tokens", "memory", "first token", f"last {RECENT} tokens", "leaky λ, least and most"],
-                        list(map(attention_row, found)))
+            head = ["layer", "tokens", "memory", "first token", f"last {RECENT} tokens",
+                    "leaky λ, least and most"]
+            print_table(head, [attention_row(f) for f in found])
             draw_attention(run, found)
 
 
 def draw_attention(run: Run, found: list[dict]) -> None:
-    """A row a layer (at most four of them), a column a length; for layers of the mosaic also λ and recent attention."""
+    """A row a layer (at most four of them), a column a length; for layers of the mosaic also λ and
+    recent attention."""
     import analyze
     # Four layers spread over the depth
     layers = sorted({f["layer"] for f in found})
@@ -892,12 +990,14 @@ def draw_attention(run: Run, found: list[dict]) -> None:
         column = lengths.index(f["length"])
         colours = draw_profile(row[column], f, trained=f["length"] == run.cfg.max_seq_len)
         if column == 0:
-            row[0].legend(fontsize=7, frameon=False, ncols=2 if f["leak"] is None else 4, loc="upper left")
+            columns = 2 if f["leak"] is None else 4
+            row[0].legend(fontsize=7, frameon=False, ncols=columns, loc="upper left")
         if column == 0 and f["leak"] is not None:
             draw_recent(row[-1], f, colours)
         if mosaic and f["leak"] is None:
             row[-1].set_visible(False)  # a hybrid's layers of attention have no λ
-    figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)", fontsize=11)
+    figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)",
+                    fontsize=11)
     save_picture(run, "attention", figure)
 
 
@@ -921,6 +1021,7 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
             label += f", memory {memory:.0%}"
         ax.plot(middle, shown[head], lw=1.1, color=colours[head], label=label)
 
+    # the level of a head that looks at all tokens alike
     ax.axhline(1 / T, color="black", lw=1, ls=":")
     title = f"layer {found['layer']}, {T:,} tokens"
     if trained:
@@ -934,57 +1035,63 @@ def draw_recent(ax, found: dict, colours: list) -> None:
     """What share of a head's attention is recent, against its leaky coefficient (figure 15)."""
     recent = found["profile"][:, -RECENT:].sum(-1)
     ax.scatter(found["leak"], recent, c=colours, s=45)
-    ax.set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)", xlim=(-0.02, 1.02), ylim=(0, 1))
+    ax.set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)",
+           xlim=(-0.02, 1.02), ylim=(0, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # generate
 
 # 24 prompts, separated by | and wrapped
-TABLE_1 = """Alice was so tired when she got back home so she went | Jack and Lily saw a rainbow after a rainy day.
-They were amazed by the colors. Jack said, “Look, Lily. A rainbow has | Jack and Lily liked to watch the moon at
-night. They noticed that the moon changed its shape every night. Sometimes the moon was big and round, and sometimes
-it was | Jack wanted to read a book, so he went to | “Can cows fly?”, Alice asked her mother | “What do birds like
-to eat?”, Tom asked his mother. | “What language do they speak in France?”, Tom asked his mother | If I throw a ball
-up in the air, eventually it will | It was winter and cold outside so his mother told him, “You should | Lily likes
-cats and dogs. She asked her mom for a dog and her mom said no, so instead she asked | Jack told Mary, ”If you give
-me your banana, I’ll give you my apple”. Mary gave Jack her banana so | On weekends Jack went to visit his
-grandmother whereas on weekdays he would go to school. Last weekend, when Jack was on his way to | Lily and Ben were
-having an argument. Ben said that cake is much better than ice cream and Lily said that | Lily and Ben are having an
-argument. They are trying to decide between the park and the swimming pool. Ben says, “I want to go to the park”.
-Lily says | Jack’s mother was not home, and his father was at home. When Jack came home, he said hello to | Lily
-doesn’t like swimming. When her father wants to take her to the swimming pool, she says | Both Ben and Lily wanted
-cake. Father said that there was only one piece of cake left. They | Ben went to visit Lily in her house, but she
-was not at home. Ben knocked on the door, | “Hi Jane, have you seen Alice? I can’t find her anywhere”, said Jack. |
-Max had two dogs. One was white and the other was black. Max walked up the street and saw a kid with a dog. He told
-the kid, “I see you have a brown dog. I also have | Anne had a piece of candy in her left pocket and a piece of
-chocolate in her right pocket. Anne’s mom asked her, “Anne, what is that you have in your left pocket?” | Alice had
-both an apple and a carrot in her bag. She took the apple out of the bag and gave it to Jack. She reached into the
-bag again and took | Alice and Jack walked up the street and met a girl in a red dress. The girl said to them, “Hi,
-I’m Jane. What are your names?” | Diva was hungry, and wanted to bake a cake, but she didn’t have any sugar at home,
-so she decided to go ask around. She started walking and met a squirrel. She asked the squirrel, “Would you happen"""
+TABLE_1 = """Alice was so tired when she got back home so she went | Jack and Lily saw a rainbow
+after a rainy day. They were amazed by the colors. Jack said, “Look, Lily. A rainbow has | Jack and
+Lily liked to watch the moon at night. They noticed that the moon changed its shape every night.
+Sometimes the moon was big and round, and sometimes it was | Jack wanted to read a book, so he went
+to | “Can cows fly?”, Alice asked her mother | “What do birds like to eat?”, Tom asked his mother. |
+“What language do they speak in France?”, Tom asked his mother | If I throw a ball up in the air,
+eventually it will | It was winter and cold outside so his mother told him, “You should | Lily likes
+cats and dogs. She asked her mom for a dog and her mom said no, so instead she asked | Jack told
+Mary, ”If you give me your banana, I’ll give you my apple”. Mary gave Jack her banana so | On
+weekends Jack went to visit his grandmother whereas on weekdays he would go to school. Last weekend,
+when Jack was on his way to | Lily and Ben were having an argument. Ben said that cake is much
+better than ice cream and Lily said that | Lily and Ben are having an argument. They are trying to
+decide between the park and the swimming pool. Ben says, “I want to go to the park”. Lily says |
+Jack’s mother was not home, and his father was at home. When Jack came home, he said hello to | Lily
+doesn’t like swimming. When her father wants to take her to the swimming pool, she says | Both Ben
+and Lily wanted cake. Father said that there was only one piece of cake left. They | Ben went to
+visit Lily in her house, but she was not at home. Ben knocked on the door, | “Hi Jane, have you seen
+Alice? I can’t find her anywhere”, said Jack. | Max had two dogs. One was white and the other was
+black. Max walked up the street and saw a kid with a dog. He told the kid, “I see you have a brown
+dog. I also have | Anne had a piece of candy in her left pocket and a piece of chocolate in her
+right pocket. Anne’s mom asked her, “Anne, what is that you have in your left pocket?” | Alice had
+both an apple and a carrot in her bag. She took the apple out of the bag and gave it to Jack. She
+reached into the bag again and took | Alice and Jack walked up the street and met a girl in a red
+dress. The girl said to them, “Hi, I’m Jane. What are your names?” | Diva was hungry, and wanted to
+bake a cake, but she didn’t have any sugar at home, so she decided to go ask around. She started
+walking and met a squirrel. She asked the squirrel, “Would you happen"""
 PROMPTS = [" ".join(prompt.split()) for prompt in TABLE_1.split("|")]
 
 
 def tells_stories(dataset: str) -> bool:
-    """Is it a corpus of children's stories: TinyStories, or a file or folder of BabiStories (its *dataset.txt)?"""
+    """Is it a corpus of children's stories: TinyStories, or a file or folder of BabiStories (its
+    *dataset.txt)?"""
     path = Path(dataset)
     files = path.iterdir() if path.is_dir() else [path]
     return "stories" in dataset.lower() or any(file.name.endswith("dataset.txt") for file in files)
 
 
 def document_beginnings(corpus, documents: int = 8, tokens: int = 120, lines: int = 3) -> list[str]:
-    """The first lines of the first validation documents, of at most so many tokens each."""
+    """The first lines of the first validation documents: of each at most so many tokens and lines,
+    and no more than half of it, so that there is something to continue."""
     texts = []
     bases = corpus.bases["val"]
-    for start in corpus.documents["val"][0].tolist():
+    for start, length in corpus.documents["val"].T.tolist():
         # The split's tokens lie in several parts; a document lies in one of them.
         part = int(np.searchsorted(bases, start, "right")) - 1
-        stream = corpus.parts["val"][part][start - bases[part]:]
-        beginning = stream[:tokens].tolist()
-        if corpus.eos in beginning:
-            beginning = beginning[:beginning.index(corpus.eos)]
-        text = corpus.encoding.decode(beginning, errors="ignore")  # a character may be cut
+        first = start - bases[part]
+        beginning = corpus.parts["val"][part][first:first + min(tokens, length // 2)]
+        text = corpus.encoding.decode(beginning.tolist(), errors="ignore")  # a character may be cut
+
         text = "\n".join(text.strip().splitlines()[:lines])
         if text and text not in texts:
             texts.append(text)
@@ -1003,7 +1110,8 @@ def prompts_for(run: Run, opts: Options) -> list[str]:
 
 
 def continuation(run: Run, corpus, prompt: str, opts: Options) -> str:
-    """What the model writes after the prompt, up to an end of text or, where it has them, its last learned position."""
+    """What the model writes after the prompt, up to an end of text or, where it has them, its last
+    learned position."""
     device = pick_device(run.cfg)
     start = torch.tensor([[corpus.eos, *encode(corpus.encoding, prompt).tolist()]], device=device)
     n = opts.new_tokens
@@ -1014,23 +1122,30 @@ def continuation(run: Run, corpus, prompt: str, opts: Options) -> str:
     generator = torch.Generator(device).manual_seed(opts.seed)
     with autocast(run.cfg):
         tokens = run.model.generate(start, n, opts.temperature, generator=generator)
+
+    # What was written, without what has no text
     tokens = tokens[0, start.size(1):].tolist()
     if corpus.eos in tokens:
         tokens = tokens[:tokens.index(corpus.eos)]
-    known = [t for t in tokens if t < corpus.vocab_size]  # the model's vocabulary may be padded
+    # the model's vocabulary may be padded beyond the tokenizer's
+    known = [t for t in tokens if t < corpus.vocab_size]
     return corpus.encoding.decode(known, errors="replace")
 
 
 def task_generate(runs: list[Run], opts: Options) -> None:
     """Continuations, those of several runs below each other."""
+    # prompt -> text, for each run
     answers = []
     for run in runs:
         corpus = run.corpus()
         texts = {prompt: continuation(run, corpus, prompt, opts) for prompt in prompts_for(run, opts)}
         answers.append(texts)
-        save_result(run, "generate", dict(new_tokens=opts.new_tokens, temperature=opts.temperature, sampling_seed=opts.seed,
-                                          texts=[dict(prompt=prompt, text=text) for prompt, text in texts.items()]))
+        settings = dict(new_tokens=opts.new_tokens, temperature=opts.temperature,
+                        sampling_seed=opts.seed)
+        listed = [dict(prompt=prompt, text=text) for prompt, text in texts.items()]
+        save_result(run, "generate", dict(settings, texts=listed))
 
+    # Runs of other corpora may have other prompts.
     width = max(len(run.label) for run in runs) + 4
     prompts = dict.fromkeys(prompt for texts in answers for prompt in texts)
     for prompt in prompts:
@@ -1066,7 +1181,8 @@ def free_memory(device) -> None:
 
 
 def median_ms(run: Run, token: Tensor, state) -> float:
-    """Median time in ms to read one token (1,1), of several that are read one by one after `state`."""
+    """Median time in ms to read one token (1,1), of several that are read one by one after
+    `state`."""
     device = pick_device(run.cfg)
     times = []
     for _ in range(DECODED):
@@ -1077,8 +1193,9 @@ def median_ms(run: Run, token: Tensor, state) -> float:
 
 
 def speed_of(run: Run, opts: Options) -> dict:
-    """One sequence of random tokens, read up to L, 2L, 4L, ... From each length a few tokens are read one by one. They are
-    forgotten again, because the state they started from is unchanged."""
+    """One sequence of random tokens, read up to L, 2L, 4L, ... From each length a few tokens are
+    read one by one. They are forgotten again, because the state they started from is unchanged."""
+    # one row of L tokens, which is read again and again
     device = pick_device(run.cfg)
     L = min(run.cfg.max_seq_len, opts.context)
     generator = torch.Generator().manual_seed(opts.seed)
@@ -1094,12 +1211,16 @@ def speed_of(run: Run, opts: Options) -> dict:
         free_memory(device)
         reset_peak_memory(device)
         for doublings in range((opts.context // L).bit_length()):
+            # read on to the next length; only reading is timed
             while context < L * 2**doublings:
                 began = clock(device)
                 _, state = read_to_end(run, tokens, state)
                 seconds += clock(device) - began
                 context += L
-            point = dict(context=context, prefill_tokens_per_second=context / seconds, state_bytes=state_bytes(state))
+
+            # The point counts even where decoding then fails.
+            point = dict(context=context, prefill_tokens_per_second=context / seconds,
+                         state_bytes=state_bytes(state))
             points.append(point)
             point.update(ms_per_token=median_ms(run, tokens[:, :1], state))
             point.update(peak_memory_mib(device))
@@ -1109,7 +1230,8 @@ def speed_of(run: Run, opts: Options) -> dict:
 
 
 def untrained(run: Run, memory: str, opts: Options) -> Run:
-    """A model of the run's shape with another memory: what its weights are does not change how long it takes."""
+    """A model of the run's shape with another memory: what its weights are does not change how long
+    it takes."""
     settings = dict(vars(run.cfg), memory=memory, memory_layers="all")
     cfg = checked(RunConfig, **settings)
     torch.manual_seed(opts.seed)
@@ -1130,8 +1252,9 @@ def task_speed(runs: list[Run], opts: Options) -> None:
             subject = run if memory is None else untrained(run, memory, opts)
             result = speed_of(subject, opts)
             models[subject.label] = result
-            measured.append((subject._replace(model=None), result))  # the weights are not needed any more
+            measured.append((subject._replace(model=None), result))  # its weights may be freed
             rows += speed_rows(subject.label, result)
+            tell_limit(subject.label, result)
         save_result(run, "speed", dict(models=models))
     print_table(["model", "context", "prefill tokens/s", "ms a token", "state bytes", "peak MiB"], rows)
     draw_speed(measured, runs[0])
@@ -1142,10 +1265,9 @@ def speed_rows(label: str, result: dict) -> list[list]:
     rows = []
     for point in result["points"]:
         peak = point.get("peak_vram_mib") or point.get("peak_rss_mib")
-        rows.append([label, f"{point['context']:,}", f"{point['prefill_tokens_per_second']:,.0f}", point.get("ms_per_token"),
-                     f"{point['state_bytes']:,}", f"{peak:,.0f}" if peak else None])
-    if result["limit"]:
-        rows.append([label, f"from {result['reached']:,}", result["limit"], "", "", ""])
+        rows.append([label, f"{point['context']:,}", f"{point['prefill_tokens_per_second']:,.0f}",
+                     point.get("ms_per_token"), f"{point['state_bytes']:,}",
+                     f"{peak:,.0f}" if peak else None])
     return rows
 
 
@@ -1161,13 +1283,15 @@ def short(number: float, _=None) -> str:
 def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
     """Four panels against the context: prefill, decoding, state, peak memory."""
     import analyze
-    quantities = {"prefill_tokens_per_second": "prefill (tokens a second)", "ms_per_token": "decoding (ms a token)",
+    quantities = {"prefill_tokens_per_second": "prefill (tokens a second)",
+                  "ms_per_token": "decoding (ms a token)",
                   "state_bytes": "state of one sequence (bytes)"}
     if pick_device(first.cfg).type == "cuda":
         quantities["peak_vram_mib"] = "peak GPU memory (MiB)"
     else:
         quantities["peak_rss_mib"] = "peak memory of the process (MiB)"
 
+    # a tick at every second context
     contexts = set()
     for _, result in measured:
         contexts.update(point["context"] for point in result["points"])
@@ -1182,12 +1306,14 @@ def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
         ax.xaxis.minorticks_off()
         ax.yaxis.set_major_formatter(short)
     limited = any(result["limit"] for _, result in measured)
-    legend_below(figure, axes[0, 0], title="x: the model or the machine goes no further" if limited else None)
+    title = "x: the model or the machine goes no further" if limited else None
+    legend_below(figure, axes[0, 0], title)
     save_picture(first, "speed", figure)
 
 
 def draw_quantity(ax, name: str, measured: list[tuple[Run, dict]]) -> None:
-    """One measured quantity of every model; a cross marks the last point of a model that goes no further."""
+    """One measured quantity of every model; a cross marks the last point of a model that goes no
+    further."""
     from matplotlib.ticker import LogLocator
     styles = looks([run for run, _ in measured])
     for (run, result), style in zip(measured, styles):

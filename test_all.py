@@ -2021,7 +2021,6 @@ def inside(folder=None):
 
 
 def trained(name, *flags):
-    """Trains out/<name>, if that is not done yet."""
     status, _, err = call(train.main, *SHAPE, f"--name={name}", *flags)
     assert status == 0, err
 
@@ -2100,25 +2099,23 @@ def test_eval_position_recombines_and_is_the_training_number():
 def test_eval_position_by_hand():
     """Each bucket by a plain loop over targets; ends of text don't count; a document starts again at 0."""
     with inside():
-        (run,), r = opened("none"), measured("none", "position", "--bucket=4")
-        corpus, sums, digest = run.corpus(), {key: {} for key in measuring.CURVES}, hashlib.sha256()
+        (run,), r, digest = opened("none"), measured("none", "position", "--bucket=4"), hashlib.sha256()
+        corpus, sums = run.corpus(), {key: torch.zeros(L // 4, 2, dtype=torch.float64) for key in measuring.CURVES}
         for x, y, _ in corpus.eval_batches(L, 3, 1024):
-            nats = nats_at_once(run.model, x, y)
-            for row, targets, losses in zip(x.tolist(), y.tolist(), nats.tolist()):
-                digest.update(torch.tensor(row + targets[-1:], dtype=torch.int32).numpy().tobytes())
+            nats = nats_at_once(run.model, x, y).tolist()
+            digest.update(torch.cat([x, y[:, -1:]], 1).int().numpy().tobytes())
+            for row, targets, losses in zip(x.tolist(), y.tolist(), nats):
                 start = 0
                 for t in range(L):
                     start = t if row[t] == corpus.eos else start
                     if targets[t] != corpus.eos:
-                        for key, p in (("row", t), ("document", t - start)):
-                            n, b = sums[key].get(p // 4, (0, 0))
-                            sums[key][p // 4] = n + losses[t], b + 1
-        assert max(sums["row"]) == 7 and sums["document"][0][1] > sums["row"][0][1]
+                        sums["row"][t // 4] += torch.tensor([losses[t], 1])
+                        sums["document"][(t - start) // 4] += torch.tensor([losses[t], 1])
+        assert sums["document"][0, 1] > sums["row"][0, 1] and sums["document"][-1, 1] > 0
         for key, name in measuring.CURVES.items():
-            for i, (n, b) in enumerate(zip(r[name]["nats"], r[name]["bytes"])):
-                expected = sums[key].get(i, (0, 0))
-                assert b == expected[1] and abs(n - expected[0]) < 1e-3, (key, i, n, b, expected)
-                assert (r[name]["bpb"][i] is None) if b == 0 else abs(r[name]["bpb"][i] * b * math.log(2) - n) < 1e-6
+            found = torch.tensor([r[name]["nats"], r[name]["bytes"]], dtype=torch.float64).T
+            assert (found - sums[key]).abs().max() < 1e-3 and torch.equal(found[:, 1], sums[key][:, 1]), key
+            assert error(torch.tensor(r[name]["bpb"]), found[:, 0] / math.log(2) / found[:, 1]) < 1e-6
         assert r["tokens_sha256"] == digest.hexdigest()
 
 
@@ -2173,7 +2170,7 @@ def test_eval_out_of_memory_is_a_limit():
             assert r["reached"] == reached and r["limit"] == (None if reached == 4 * L else "out of memory")
             assert abs(r["val_loss"] - math.log(257)) < 1e-6 and (sums[2] > 0).sum() == reached
             by = r["bpb_by_document_position"]                      # no nats or bytes of what was not read
-            assert sum(by["targets"]) == sum(by["bytes"]) == sums[1].sum() and abs(recombined(by) - r["val_bpb"]) < 1e-6
+            assert sum(by["targets"]) == sum(by["bytes"]) == sums[1].sum() and math.isclose(sum(by["nats"]), sums[0].sum())
         (run,) = opened("none")
         with contextlib.redirect_stdout(io.StringIO()):             # the limit lies in the middle of the last span
             measuring.task_extend([run._replace(model=SimpleNamespace(stream=up_to(3 * L)))], measuring.Options(factor=4, rows=2))
@@ -2184,12 +2181,7 @@ def test_eval_out_of_memory_is_a_limit():
     assert measuring.limit(MemoryError()) == "out of memory"
     if sys.platform == "linux":
         with measuring.memory_ceiling(torch.device("cpu")):
-            try:
-                [torch.empty(2 ** 30, dtype=torch.uint8) for _ in range(4096)]
-            except measuring.FAILURES as e:
-                assert measuring.limit(e) == "out of memory"
-            else:
-                raise AssertionError("4 TiB fitted into memory")
+            raises(RuntimeError, lambda: [torch.empty(2 ** 30, dtype=torch.uint8) for _ in range(4096)], "can't allocate memory")
         torch.ones(2 ** 20)
 
 
@@ -2212,7 +2204,7 @@ def test_eval_ood_is_another_corpus_in_the_models_tokens():
             measuring.add_tokens(digest, x, y)
         assert r["ood_sha256"] == corpus.sha256 != r["data_sha256"] and r["ood_dataset"] == "other.txt"
         assert r["tokens_sha256"] == digest.hexdigest() != own["tokens_sha256"]
-        assert r["bpb_by_position"]["positions"] == [0, 16] and abs(recombined(r["bpb_by_position"]) - r["val_bpb"]) < 1e-6
+        assert r["bpb_by_position"]["positions"] == [0, 16]
         trained("words", "--memory=none", "--tokenizer=bpe:300")
         (run,), r = opened("words"), measured("words", "ood", "--dataset=other.txt")
         words = data.load("other.txt", "bpe:300@text.txt", quiet=True)
@@ -2248,12 +2240,10 @@ def test_eval_niah_scoring():
     with inside():
         corpus = data.load("text.txt", "byte", quiet=True)
         cell = lambda stream, length=80, depth=0.5: measuring.niah_cell(stub(stream), corpus, length, depth, opts)
-        for length in (80, 160):
-            for depth in (0, 0.5, 1):
-                found, guess = cell(copier, length, depth), cell(biased, length, depth)
-                assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
-                assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 and guess["margin_error"] < 1e-4
-                assert guess["log_p_key"] < -20
+        for length, depth in itertools.product((80, 160), (0, 0.5, 1)):
+            found, guess = cell(copier, length, depth), cell(biased, length, depth)
+            assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
+            assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 > guess["margin_error"] and guess["log_p_key"] < -20
         negative = cell(lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state)))
         assert negative["exact"] == 0 and negative["margin"] < -20
         for wrong in ((0, 2, 4, 6), (6,), (1,)):
@@ -2380,7 +2370,8 @@ def test_eval_prompts_are_like_the_training_text():
     with inside():
         documents = set(short_documents())
         texts = [t["prompt"] for t in measured("none", "generate", "--new_tokens=2")["texts"]]
-        assert len(set(texts)) == 8 and all(any(d.startswith(text) for d in documents) for text in texts)
+        assert len(set(texts)) == 8 and not documents & set(texts)  # half of it at most: there is something to write
+        assert all(any(d.startswith(text) for d in documents) for text in texts)
         status, out, _ = call(measuring.main, "out/none", "out/mosaic", "--task=generate", "--new_tokens=2")
         assert out.count("  local: ") == out.count("  mosaic: ") == 8
         long = [f"def f{i}():\n\n    return {i}\n" + "x = 1\n" * 50 for i in range(400)]
@@ -2388,13 +2379,12 @@ def test_eval_prompts_are_like_the_training_text():
         beginnings = measuring.document_beginnings(data.load("my_stories.txt", "byte", quiet=True))
         assert len(beginnings) == 8 and all(re.fullmatch(r"def f(\d+)\(\):\n\n    return \1", text) for text in beginnings)
         (run,) = opened("none")
-        opts = measuring.Options()
-        for name, stories in (("text.txt", False), ("my_stories.txt", True), ("tinystories", True), ("b/traindataset.txt", True)):
-            run.cfg.dataset = name
-            assert (measuring.tells_stories(name), measuring.prompts_for(run, opts) is measuring.PROMPTS if stories else False) == (stories, stories)
         assert measuring.prompts_for(run, measuring.Options(prompt=("a",))) == ["a"]
-        os.makedirs("babi"), Path("babi/valdataset.txt").touch()
-        assert measuring.tells_stories("babi") and not measuring.tells_stories("python")
+        run.cfg.dataset = "tinystories"
+        assert measuring.prompts_for(run, measuring.Options()) is measuring.PROMPTS
+        os.makedirs("babi", exist_ok=True), Path("babi/valdataset.txt").touch()
+        stories = ["my_stories.txt", "tinystories", "b/traindataset.txt", "babi"]
+        assert list(filter(measuring.tells_stories, ["text.txt", *stories, "python"])) == stories
     assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
 
 
