@@ -62,8 +62,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError, did_you_mean, encode
-from model import (EXP_SPEEDUP, GPT, MEMORIES, Attention, Block, ContextualMemory, attend,
-                   check_options, extend, option, rotary, state_bytes)
+from model import GPT, MEMORIES, Attention, Block, ContextualMemory, check_options, option, state_bytes
 from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in,
                    load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
                    reset_peak_memory, save, save_json)
@@ -841,44 +840,6 @@ def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
 RECENT = 16  # tokens that count as recent
 
 
-def one_hot_values(k: Tensor) -> Tensor:
-    """The identity as values: for each of the keys k (B,H,keys,D) a vector of its own, so that
-    attention over them returns its weights. float64."""
-    B, H, n, _ = k.shape
-    return torch.eye(n, dtype=torch.float64, device=k.device).expand(B, H, n, n)
-
-
-def last_weights(layer, x: Tensor, state, ve) -> tuple[Tensor, Tensor]:
-    """Where an attention layer looks from the last token of x (B,T,C), having seen `state` before
-    -> the share of what has no position, learned slots and rmt's read memory (B,H), and of each
-    visible token (B,H,tokens), the last being its own."""
-    # mosaic: keys ask earlier keys
-    if isinstance(layer, ContextualMemory):
-        k, _ = layer.key(x, None if state is None else state.k_bar)
-        keys = k if state is None else extend(state.k, k)
-        past = keys[:, :, :-1].double()  # a token does not see itself
-        weights = attend(keys[:, :, -1:].double(), past, one_hot_values(past), scale=1.0)[:, :, 0]
-        return weights.new_zeros(weights.shape[:2]), F.pad(weights, (0, 1))
-
-    # attention: queries and keys turn to their positions, and the past comes before them
-    q, k, v = layer.project(x, ve)
-    state = getattr(state, "local", state)  # of knn's two parts the window
-    if layer.theta is not None:
-        start = 0 if state is None else int(state.pos)
-        positions = torch.arange(start, start + x.size(1), device=x.device)
-        q = rotary(q, positions, layer.theta)
-        k = rotary(k, positions, layer.theta)
-    if state is not None:
-        k = extend(state.k, k)
-        v = extend(state.v, v)
-    k, _, n_free = layer.with_slots(k, v)
-
-    # With the identity for values, what attention returns is its weights.
-    values = one_hot_values(k)
-    weights = attend(q.double(), k.double(), values, layer.window, n_free, layer.slopes)[:, :, -1]
-    return weights[..., :n_free].sum(-1), weights[..., n_free:]
-
-
 def attention_layers(run: Run) -> list[tuple[int, torch.nn.Module]]:
     """Index and mixer of every layer that attends."""
     mixers = [module.mixer for module in run.model.modules() if isinstance(module, Block)]
@@ -894,9 +855,9 @@ def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
     out = {}
 
     def look(i, layer, given):
-        memory, tokens = last_weights(layer, *given)
-        tokens = F.pad(tokens, (T - tokens.size(-1), 0))  # tokens out of the window get 0
-        out[i] = torch.cat([memory[..., None], tokens], -1).sum(0).cpu()
+        memory, tokens = layer.weights(*given)
+        tokens = F.pad(tokens[:, :, -1], (T - tokens.size(-1), 0))  # tokens out of the window get 0
+        out[i] = torch.cat([memory[:, :, -1:], tokens], -1).sum(0).cpu()
 
     # The hooks are there for the last token only.
     _, state = read_to_end(run, x[:, :-1])
@@ -926,7 +887,7 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
     for i, shares in total.items():
         leak = None
         if isinstance(mixers[i], ContextualMemory):
-            leak = torch.exp(-EXP_SPEEDUP * mixers[i].key.leak.detach().abs()).cpu()    # λ (H,)
+            leak = mixers[i].key.decay().detach().cpu()    # λ (H,)
         profiles.append(dict(layer=i, length=length, sequences=n, leak=leak,
                              memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
     return profiles
