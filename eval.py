@@ -1110,7 +1110,9 @@ def task_generate(runs: list[Run], opts: Options) -> None:
     width = max(len(run.label) for run in runs) + 4
     prompts = dict.fromkeys(prompt for texts in answers for prompt in texts)
     for prompt in prompts:
-        print("\n" + textwrap.fill(prompt, 110))
+        print()
+        for line in prompt.splitlines():
+            print(textwrap.fill(line, 110))
         for run, texts in zip(runs, answers):
             if prompt in texts:
                 text = texts[prompt].strip() or "(nothing)"
