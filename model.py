@@ -36,7 +36,7 @@ Glossary (name here = symbol in the papers)
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
-2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394), the backbone of the d12 preset (nanochat, via memory-bench).
+2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394). The backbone of the d12 preset is nanochat's (via memory-bench).
 """
 import itertools
 import math
@@ -58,15 +58,16 @@ from memories import TTTState, gated_delta_rule, leaky_average, ttt_linear
 def option(default, help: str, group: str = "architecture", choices: tuple = (), low=-math.inf, high=math.inf):
     """A field of a configuration: its default, what it means, and which values it may have.
 
-    `group` is the heading under which --help lists it. The fields of the group "run" change how a run is executed and
-    not what it computes. A number has to be finite and lie in [low, high]; a value has to be one of `choices` if there
-    are any.
+    `group` is the heading under which --help lists it. The fields of the group "run" change how a
+    run is executed and not what it computes. A number has to be finite and lie in [low, high]; a
+    value has to be one of `choices` if there are any.
     """
     return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low, high=high))
 
 
 def check_options(config) -> None:
-    """Raises ValueError for the first field of a dataclass of options that has a value it may not have."""
+    """Raises ValueError for the first field of a dataclass of options that has a value it may not
+    have."""
     for f in fields(config):
         value = getattr(config, f.name)
         choices = f.metadata["choices"]
@@ -82,7 +83,8 @@ def check_options(config) -> None:
 
 @dataclass
 class Config:
-    """The architecture, flat. A Config that exists can be built: all others raise ValueError with one sentence."""
+    """The architecture, flat. A Config that exists can be built: all others raise ValueError with
+    one sentence."""
     memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic", "memory")
     memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)",
                                 "memory")
@@ -158,14 +160,16 @@ class Config:
         return self.local_window
 
     def value_embed_index(self, layer: int) -> int | None:
-        """Which of the value embeddings a layer uses. Alternating layers have one, the last layer included."""
+        """Which of the value embeddings a layer uses. Alternating layers have one, the last layer
+        included."""
         has_one = self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
         return layer // 2 if has_one else None
 
 
 PRESETS = {
-    # Minutes on two cores. Heads of 64, since normalised queries and keys score √D at most, which must be enough to tell
-    # one key from max_seq_len others; a RoPE base whose wavelengths lie within so short a row.
+    # Minutes on two cores. Heads of 64, since normalised queries and keys score √D at most, which
+    # must be enough to tell one key from max_seq_len others; a RoPE base whose wavelengths lie
+    # within so short a row.
     "laptop": dict(n_head=2, rope_theta=10_000.0),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
@@ -183,7 +187,8 @@ def at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def full_precision(x: Tensor):
-    """Recurrences, gates and normalisations stay out of autocast: a state in bf16 would forget by rounding."""
+    """Recurrences, gates and normalisations stay out of autocast: a state in bf16 would forget by
+    rounding."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -209,14 +214,17 @@ def extend(seen: Tensor | None, new: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """RoPE (Su et al. 2021): the pair (x_i, x_{i+D/2}) turns by positions · theta^(-2i/D). x (B,H,T,D), positions (T,)"""
+    """RoPE (Su et al. 2021): the pair (x_i, x_{i+D/2}) turns by positions · theta^(-2i/D).
+
+    x (B,H,T,D), positions (T,) -> (B,H,T,D)
+    """
     D = x.size(-1)
     dtype = at_least_float32(x)
     frequency = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)     # (D/2,)
     angle = positions.to(dtype)[:, None] * frequency                                    # (T,D/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
-    first, second = x.chunk(2, -1)                                                      # each (B,H,T,D/2)
+    first, second = x.chunk(2, -1)                              # each (B,H,T,D/2)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
@@ -224,20 +232,23 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 # Shared parts: softmax attention (Vaswani et al. 2017, eq. 1), first slow, then fast
 
 def attend_slow(q, k, v, window=None, n_free=0, slopes=None, scale=None):
-    """Causal attention as its equation, with a Tq×Tk matrix of weights. The arguments are those of `attend`."""
-    Tq, Tk, D = q.size(2), k.size(2), q.size(3)
-    k = repeat_heads(k, q.size(1))
-    v = repeat_heads(v, q.size(1))
-    score = q @ k.mT * (D ** -0.5 if scale is None else scale)          # q_i·k_j / √D  (B,H,Tq,Tk)
+    """Causal attention as its equation, with a Tq×Tk matrix of weights. Arguments as of `attend`."""
+    _, H, Tq, D = q.shape
+    Tk = k.size(2)
+    k = repeat_heads(k, H)
+    v = repeat_heads(v, H)
+    if scale is None:
+        scale = D ** -0.5
+    score = scale * (q @ k.mT)                                  # q_i·k_j / √D  (B,H,Tq,Tk)
 
     # Query i stands at key i: the last Tq of the keys belong to the queries.
     i = torch.arange(Tk - Tq, Tk, device=q.device)[:, None]
     j = torch.arange(Tk, device=q.device)
-    distance = torch.where(j < n_free, 0, i - j)                        # free keys are never far
+    distance = torch.where(j < n_free, 0, i - j)                # free keys are never far
     if slopes is not None:
-        score = score - slopes[:, None, None] * distance                # ALiBi: far tokens count less
+        score = score - slopes[:, None, None] * distance        # ALiBi: far tokens count less
     visible = (j <= i) & (distance < (window or Tk))
-    weights = score.masked_fill(~visible, -math.inf).softmax(-1)        # rows sum to one
+    weights = score.masked_fill(~visible, -math.inf).softmax(-1)    # rows sum to one
     return weights @ v
 
 
@@ -245,20 +256,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
            scale: float | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv).
 
-    The last Tq keys stand at the queries' positions. Query i sees the keys j <= i with i - j < window, and the first
-    n_free keys whatever their distance. slopes (H,) are ALiBi's, from which the free keys are exempt. No Tq×Tk mask is
-    built: without window and slopes this is one flash-attention call, otherwise queries go block by block and meet only
-    the keys of their own window, O(T·window).
+    The last Tq keys stand at the queries' positions. Query i sees the keys j <= i with i - j <
+    window, and the first n_free keys whatever their distance. slopes (H,) are ALiBi's, from which
+    the free keys are exempt. No Tq×Tk mask is built: without window and slopes this is one
+    flash-attention call, otherwise queries go block by block and meet only the keys of their own
+    window, O(T·window).
     """
-    k = repeat_heads(k, q.size(1))
-    v = repeat_heads(v, q.size(1))
-    Tq, Tk = q.size(2), k.size(2)
-    before = Tk - Tq                                                    # keys that precede the first query's own
+    _, H, Tq, _ = q.shape
+    Tk = k.size(2)
+    k = repeat_heads(k, H)
+    v = repeat_heads(v, H)
+    before = Tk - Tq        # keys that precede the first query's own
 
-    no_mask = slopes is None and (window is None or window >= Tk)      # but the causal one
-    if no_mask and Tq == 1:                                             # one query, the newest, sees every key
+    # Without window and slopes no mask is needed but the causal one, which is built into the kernel.
+    is_plain = slopes is None and (window is None or window >= Tk)
+    if is_plain and Tq == 1:
+        # the one query is the newest token: it sees every key
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    if no_mask and before <= Tq:                                        # blank queries on the left make the mask square
+    if is_plain and before <= Tq:
+        # the kernel wants as many queries as keys: blank ones stand on the left
         padded = F.pad(q, (0, 0, before, 0))
         y = F.scaled_dot_product_attention(padded, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         return y[:, :, before:]
@@ -267,14 +283,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
 
 def attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout):
     """`attend` for one block of queries after the other; k and v have as many heads as q."""
-    Tq, Tk = q.size(2), k.size(2)
+    Tq = q.size(2)
+    Tk = k.size(2)
     before = Tk - Tq
     free = min(n_free, Tk)
-    block = max(window or 256, 64)      # a window is no wider than a block, so it reaches one block back at most
+    block = max(window or 256, 64)      # no narrower than the window, which so reaches one block back
 
-    # Keys and values are cut into pieces: 0 holds the free keys, 1 the others that precede the queries, 2 + n the keys of
-    # the n-th block of queries. The cut is made by split, as the gradient of a slice is as long as the whole sequence,
-    # and a slice for each block would cost O(T²/block).
+    # Keys and values are cut into pieces: 0 holds the free keys, 1 the others that precede the
+    # queries, 2 + n the keys of the n-th block of queries. The cut is made by split, as the
+    # gradient of a slice is as long as the whole sequence, and a slice for each block would cost
+    # O(T²/block).
     ends = [free, max(before, free)]
     for end in range(before + block, Tk, block):
         ends.append(max(end, free))
@@ -301,27 +319,30 @@ def attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout):
             mask = mask & ((i - j < window) | (j < n_free))
         if slopes is not None:
             bias = -slopes[:, None, None] * torch.where(j < n_free, 0, i - j)
-            mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)       # (H,block,keys), added to the scores
+            mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)  # (H,block,keys), added to the scores
         y = F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
         ys.append(y)
     return torch.cat(ys, 2)
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """(B,Hkv,T,D) -> (B,H,T,D): grouped queries, where H/Hkv neighbouring heads share keys and values."""
+    """(B,Hkv,T,D) -> (B,H,T,D): grouped queries, where H/Hkv neighbouring heads share keys and
+    values."""
     return x if x.size(1) == H else x.repeat_interleave(H // x.size(1), 1)
 
 
 def one_hot_values(k: Tensor) -> Tensor:
-    """One unit vector a key: with these for values, attention returns its weights. k (B,H,keys,D) -> (B,H,keys,keys)"""
+    """One unit vector a key: with these for values, attention returns its weights. k (B,H,keys,D)
+    -> (B,H,keys,keys)"""
     n = k.size(2)
     return torch.eye(n, device=k.device, dtype=torch.float64).expand(*k.shape[:2], n, n)
 
 
 def attention_flops(T: int, window: int | None, width: int) -> float:
-    """Forward FLOPs a token of causal attention: scores and mixing cost 2·width each per visible key, averaged over T."""
+    """Forward FLOPs a token of causal attention: scores and mixing cost 2·width each per visible
+    key, averaged over T."""
     w = min(window or T, T)
-    visible = w - w * (w - 1) / (2 * T)         # the first w queries see 1, 2, …, w keys, the others w
+    visible = w - w * (w - 1) / (2 * T)      # the first w queries see 1, 2, …, w keys, the others w
     return 4 * width * visible
 
 
@@ -339,14 +360,16 @@ class Norm(nn.Module):
             self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
+        """x (...,C) -> the same shape."""
         if self.is_rms:
             return F.rms_norm(x, self.shape)
         return F.layer_norm(x, self.shape, self.weight, self.bias)
 
 
 class ValueGate(nn.Module):
-    """v + 2σ(W x) ve: the layer's values plus the token's value embedding, gated per head by the input's first 32
-    channels. v (B,H,T,Dv); ve (B,T,Hkv·D) is repeated where the layer has more heads or wider values. (nanochat's)"""
+    """v + 2σ(W x) ve: the layer's values plus the token's value embedding, gated per head by the
+    input's first 32 channels. v (B,H,T,Dv); ve (B,T,Hkv·D) is repeated where the layer has more
+    heads or wider values. (nanochat's)"""
     def __init__(self, config: Config, heads: int):
         super().__init__()
         self.head_dim = config.head_dim
@@ -354,6 +377,8 @@ class ValueGate(nn.Module):
         self.linear = nn.Linear(self.width, heads, bias=False)
 
     def forward(self, v, x, ve):
+        """The values v of tokens with inputs x (B,T,C) and value embeddings ve -> the new
+        values."""
         gate = 2 * torch.sigmoid(self.linear(x[..., :self.width]))      # (B,T,H)
         gate = gate.transpose(1, 2)[..., None]                          # (B,H,T,1)
         ve = split_heads(ve, self.head_dim)                             # (B,Hkv,T,D)
@@ -363,7 +388,7 @@ class ValueGate(nn.Module):
 
 
 def value_gate(config: Config, layer: int, heads: int) -> ValueGate | None:
-    """The layer's gate for value embeddings, None where the layer has none."""
+    """The layer's gate for value embeddings, None where the layer has none of them."""
     if config.value_embed_index(layer) is None:
         return None
     return ValueGate(config, heads)
@@ -380,7 +405,8 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Softmax attention (`attend`) over a window or over all of the past. Its first n_free tokens stay visible."""
+    """Softmax attention (`attend`) over a window or over all of the past. Its first n_free tokens
+    stay visible."""
     def __init__(self, config: Config, layer: int, n_free: int = 0):
         super().__init__()
         C = config.n_embd
@@ -404,6 +430,7 @@ class Attention(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the new state."""
         q, k, v = self.project(x, ve)
         y, state = self.look_back(q, k, v, state)
         return self.out(join_heads(y)), state
@@ -421,7 +448,8 @@ class Attention(nn.Module):
         return q, k, v
 
     def look_back(self, q, k, v, state):
-        """Attention of projected queries over what they see -> y (B,H,T,D), what a later query can still see."""
+        """Attention of projected queries over what they see -> y (B,H,T,D), what a later query can
+        still see."""
         q, k, v, n_free, state = self.gather(q, k, v, state)
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, self.window, n_free, self.slopes, dropout=dropout), state
@@ -431,10 +459,7 @@ class Attention(nn.Module):
 
         -> q (B,H,T,D), k and v (B,Hkv,keys,D), how many free keys come first, and the new state
         """
-        if state is None:
-            seen_k, seen_v, pos = None, None, 0
-        else:
-            seen_k, seen_v, pos = state
+        seen_k, seen_v, pos = (None, None, 0) if state is None else state
         end = int(pos) + q.size(2)
         if self.theta is not None:
             positions = torch.arange(int(pos), end, device=q.device)
@@ -447,8 +472,8 @@ class Attention(nn.Module):
         return q, k, v, n_free, state
 
     def still_visible(self, x):
-        """Of keys or values (B,Hkv,t,D) those a later query sees: the free ones, and the window's last W-1, because the
-        next token is the window's W-th."""
+        """Of keys or values (B,Hkv,t,D) those a later query sees: the free ones, and the window's
+        last W-1, because the next token is the window's W-th."""
         if self.window is None:
             return x
         recent = self.window - 1
@@ -461,14 +486,18 @@ class Attention(nn.Module):
         return k, v, self.n_free
 
     def weights(self, x, state=None, ve=None):
-        """Where a call's queries look: for what no token of the text stands at (free keys: slots, memory tokens) the sum
-        of the weights (B,H,T), and the weight of each visible token (B,H,T,tokens), the call's last token last."""
+        """Where the queries of a call look.
+
+        -> the weight of all free keys together (B,H,T): these are slots or memory tokens, no tokens of the text;
+        and the weight of each token (B,H,T,tokens), in order, the last of which is the call's last
+        """
         q, k, v = self.project(x, ve)
         q, k, v, n_free, _ = self.gather(q, k, v, state)
         weights = attend(q.double(), k.double(), one_hot_values(k), self.window, n_free, self.slopes)
         return weights[..., :n_free].sum(-1), weights[..., n_free:]
 
     def flops(self, T):
+        """Scores and mixing."""
         return attention_flops(T, self.window, self.H * self.D)
 
 
@@ -476,32 +505,35 @@ class Attention(nn.Module):
 # persistent: learned slots (Sukhbaatar et al. 2019)
 
 class PersistentAttention(Attention):
-    """Attention whose every query also sees M learned key/value pairs, which have no position and lie in no window.
+    """Attention whose every query also sees M learned key/value pairs, which have no position and
+    lie in no window.
 
-    Sukhbaatar et al. 2019, section 4: one softmax over the M slots and the tokens. There the slots take the place of
-    the feed-forward layers, here they stand beside them. The nearest code by the authors is persistent_memory.py in
-    https://github.com/facebookresearch/adaptive-span, where slots belong to a head as here.
+    Sukhbaatar et al. 2019, section 4: one softmax over the M slots and the tokens. There the slots
+    take the place of the feed-forward layers, here they stand beside them. The nearest code by the
+    authors is persistent_memory.py in https://github.com/facebookresearch/adaptive-span, where
+    every head has its own, as here.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
         self.M = config.persistent_slots
-        std = 0.02 * config.n_embd ** 0.5                       # the spread of a projected key or value at the start
+        std = 0.02 * config.n_embd ** 0.5      # the spread of a projected key or value at the start
         self.slot_k = nn.Parameter(std * torch.randn(self.M, self.Hkv * self.D))
         self.slot_v = nn.Parameter(std * torch.randn(self.M, self.Hkv * self.D))
-        self.slot_scale = nn.Parameter(torch.tensor([0.01]))    # the layer starts close to plain attention
+        self.slot_scale = nn.Parameter(torch.tensor([0.01]))  # the layer starts close to plain attention
 
     def with_slots(self, k, v):
-        slot_k = split_heads(self.slot_k[None].to(k.dtype), self.D)                     # (1,Hkv,M,D)
+        """One softmax over [slots; tokens]."""
+        slot_k = split_heads(self.slot_k[None].to(k.dtype), self.D)  # (1,Hkv,M,D)
         slot_v = split_heads((self.slot_scale * self.slot_v)[None].to(v.dtype), self.D)
         if self.qk_norm:
             slot_k = F.rms_norm(slot_k, (self.D,))
-        # softmax over [slots; tokens]
         B = k.size(0)
         k = torch.cat([slot_k.expand(B, -1, -1, -1), k], 2)
         v = torch.cat([slot_v.expand(B, -1, -1, -1), v], 2)
         return k, v, self.M + self.n_free
 
     def flops(self, T):
+        """Attention's, and M more keys a query."""
         return super().flops(T) + 4 * self.M * self.H * self.D
 
 
@@ -519,22 +551,24 @@ class Store(NamedTuple):
 class KNNState(NamedTuple):
     """What window attention remembers, the window's pairs, and the store."""
     local: AttentionState
-    k: Tensor              # (B,Hkv,W,D) unrotated keys of the window's tokens, the next to move into the store
-    v: Tensor              # (B,Hkv,W,D)
+    k: Tensor   # (B,Hkv,W,D) unrotated keys of the window's tokens, the next to move into the store
+    v: Tensor   # (B,Hkv,W,D)
     store: Store | None
 
 
 class KNNAttention(Attention):
-    """Window attention, plus a store of the (key, value) pairs that have left the window. A query retrieves the keys
-    nearest to it (knn_topk of them) from the store and attends to them, and a learned gate per head mixes both results:
+    """Window attention, plus a store of the (key, value) pairs that have left the window. A query
+    retrieves the keys nearest to it (knn_topk of them) from the store and attends to them, and a
+    learned gate per head mixes both results:
 
         y = (1 - σ(a)) y_window + σ(a) Σ_{j in top-k} softmax_j(q·k_j / √D) v_j
 
-    No gradient flows into stored pairs. The window is short_window whatever the pattern: further back only the store
-    reaches. `slow` says the same token by token.
+    No gradient flows into stored pairs. The window is short_window whatever the pattern: further
+    back only the store reaches. `slow` says the same token by token.
 
-    Wu et al. 2022, section 3 (retrieval and gate). The authors' code is not published; the nearest is
-    https://github.com/lucidrains/memorizing-transformers-pytorch, which has one softmax instead of the gate.
+    Wu et al. 2022, section 3 (retrieval and gate). The authors' code is not published; the nearest
+    is https://github.com/lucidrains/memorizing-transformers-pytorch, which has one softmax instead
+    of the gate.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
@@ -543,10 +577,11 @@ class KNNAttention(Attention):
         self.topk = min(config.knn_topk, config.knn_capacity)
         self.evict = config.knn_evict
         self.block = config.store_block
-        self.gate = nn.Parameter(torch.zeros(self.H))           # a; σ(0): half local, half retrieved
+        self.gate = nn.Parameter(torch.zeros(self.H))          # a; σ(0): half local, half retrieved
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token, with one dictionary as the store of a sequence and its head."""
+        """The layer on a whole sequence, token by token, with one dictionary as the store of a
+        sequence and its head."""
         q, k, v = self.project(x, None)
         y_window, _ = self.look_back(q, k, v, None)
         q, k = self.by_content(q, k)
@@ -554,9 +589,10 @@ class KNNAttention(Attention):
         group = self.H // self.Hkv                              # heads that search the same store
         y = y_window.clone()
         for b, head_kv in itertools.product(range(x.size(0)), range(self.Hkv)):
-            store = {}                                          # a pair's position -> when it was last retrieved
+            store = {}                             # a pair's position -> when it was last retrieved
             for t in range(x.size(1)):
-                # Every few tokens those that are about to leave the window move in, and others make room for them.
+                # Every few tokens those that are about to leave the window move in, and others make
+                # room for them.
                 if t % self.block == 0:
                     arriving = range(max(t - self.window, 0), max(t - self.window + self.block, 0))
                     while store and len(store) + len(arriving) > self.N:
@@ -586,15 +622,12 @@ class KNNAttention(Attention):
         return F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
 
     def forward(self, x, state=None, ve=None):
-        """Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A block is written
-        before its first token leaves the window, and each query sees only those that have left it, so nothing is seen
-        twice or missed. The price is that up to 63 of the N places hold pairs still waiting."""
-        if state is None:
-            local, past_k, past_v, store = None, None, None, None
-            begin = 0
-        else:
-            local, past_k, past_v, store = state
-            begin = int(local.pos)
+        """Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A
+        block is written before its first token leaves the window, and each query sees only those
+        that have left it, so nothing is seen twice or missed. The price is that up to 63 of the N
+        places hold pairs still waiting."""
+        local, past_k, past_v, store = (None, None, None, None) if state is None else state
+        begin = 0 if local is None else int(local.pos)
         end = begin + x.size(1)
         q, k, v = self.project(x, ve)
         y, local = self.look_back(q, k, v, local)
@@ -603,7 +636,7 @@ class KNNAttention(Attention):
         q, k = self.by_content(q, k)
         past_k = extend(past_k, k.detach())
         past_v = extend(past_v, v.detach())
-        first = end - past_k.size(2)                            # absolute position of past_k[:, :, 0]
+        first = end - past_k.size(2)                          # absolute position of past_k[:, :, 0]
 
         # Block by block, cut where the absolute position is a multiple of the block's length.
         next_block = (begin // self.block + 1) * self.block
@@ -631,8 +664,8 @@ class KNNAttention(Attention):
         return self.out(join_heads(y)), state
 
     def write(self, store, k, v, first, now):
-        """The tokens first, first+1, … enter the store; where they do not fit, the oldest (fifo) or least recently
-        retrieved (lru) pairs leave."""
+        """The tokens first, first+1, … enter the store; where they do not fit, the oldest (fifo) or
+        least recently retrieved (lru) pairs leave."""
         position = torch.arange(first, first + k.size(2), device=k.device).expand(*k.shape[:3])
         new = Store(k, v, written=position, used=torch.full_like(position, now))
         if store is None:
@@ -640,29 +673,32 @@ class KNNAttention(Attention):
         room = self.N - k.size(2)
         if store.k.size(2) > room:
             age = store.written if self.evict == "fifo" else store.used
-            keep = age.topk(room, dim=-1, sorted=False).indices                         # (B,Hkv,room)
+            keep = age.topk(room, dim=-1, sorted=False).indices  # (B,Hkv,room)
             rows = keep[..., None].expand(-1, -1, -1, self.D)
             store = Store(store.k.gather(2, rows), store.v.gather(2, rows),
                           store.written.gather(2, keep), store.used.gather(2, keep))
         return Store(*map(extend, store, new))
 
     def retrieve(self, q, store, t):
-        """q (B,H,n,D) at positions t (n,) -> mixed values (B,H,n,D), whether anything was found (B,H,n,1), new store."""
+        """q (B,H,n,D) at positions t (n,) -> mixed values (B,H,n,D), whether anything was found
+        (B,H,n,1), new store."""
         B, _, n, D = q.shape
         if store is None:
             return torch.zeros_like(q), torch.zeros_like(q[..., :1], dtype=torch.bool), None
 
-        # The heads of a group search the same store, so they stand one after the other in time: G·n queries.
+        # The heads of a group search the same store, so they stand one after the other in time: G·n
+        # queries.
         group = self.H // self.Hkv
         q = q.reshape(B, self.Hkv, group * n, D)
-        t = t.repeat(group)[:, None]                                                    # (G·n,1)
-        outside = store.written[:, :, None] <= t - self.window                          # (B,Hkv,G·n,size)
+        t = t.repeat(group)[:, None]                            # (G·n,1)
+        outside = store.written[:, :, None] <= t - self.window  # (B,Hkv,G·n,size)
         score = (q @ store.k.to(q.dtype).mT * D ** -0.5).masked_fill(~outside, -math.inf)
         best, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
-        is_pair = best > -math.inf                              # (B,Hkv,G·n,topk): not one that is hidden from the query
+        is_pair = best > -math.inf         # (B,Hkv,G·n,topk): not one that is hidden from the query
 
-        # All other scores are masked rather than the best gathered: two matrix products cost less than moving topk·D
-        # numbers a query. finfo.min instead of -inf keeps the softmax of a query that found nothing finite.
+        # All other scores are masked rather than the best gathered: two matrix products cost less
+        # than moving topk·D numbers a query. finfo.min instead of -inf keeps the softmax of a query
+        # that found nothing finite.
         nearest = torch.zeros_like(outside).scatter(-1, place, is_pair)
         weight = score.masked_fill(~nearest, torch.finfo(score.dtype).min).softmax(-1)
         y = weight @ store.v.to(q.dtype)
@@ -674,10 +710,11 @@ class KNNAttention(Attention):
     def last_use(self, store, score, best, outside, t):
         """When each stored pair was last retrieved, after the queries at t.
 
-        Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all that tie with the last
-        taken count as retrieved: otherwise what leaves the store would depend on how the text was cut.
+        Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all
+        that tie with the last taken count as retrieved: otherwise what leaves the store would
+        depend on how the text was cut.
         """
-        last = best.amin(-1, keepdim=True)                      # -inf where fewer than topk can be seen
+        last = best.amin(-1, keepdim=True)                  # -inf where fewer than topk can be seen
         tolerance = 8 * torch.finfo(score.dtype).eps * last.abs().clamp(1, self.D)
         retrieved = (score >= last - tolerance) & outside
         return store.used.maximum(torch.where(retrieved, t, -1).amax(2))
@@ -687,6 +724,8 @@ class KNNAttention(Attention):
         return super().weights(x, None if state is None else state.local, ve)
 
     def flops(self, T):
+        """Attention's; each query is scored against all N stored keys and mixes the values of the
+        nearest."""
         return super().flops(T) + self.H * self.D * (2 * self.N + 4 * self.topk)
 
 
@@ -694,11 +733,11 @@ class KNNAttention(Attention):
 # ttt: TTT-Linear (Sun et al. 2024)
 
 class TTT(nn.Module):
-    """The state is the weights of a small linear model, trained by gradient descent while it reads. The recurrence is
-    `ttt_linear` in memories.py, its slow form the loop there.
+    """The state is the weights of a small linear model, trained by gradient descent while it reads.
+    The recurrence is `ttt_linear` in memories.py, its slow form the loop there.
 
-    Sun et al. 2024, section 2; https://github.com/test-time-training/ttt-lm-pytorch, ttt.py, with the projections of
-    its transformer backbone (no convolution, no output gate).
+    Sun et al. 2024, section 2; https://github.com/test-time-training/ttt-lm-pytorch, ttt.py, with
+    the projections of its transformer backbone (no convolution, no output gate).
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -721,35 +760,39 @@ class TTT(nn.Module):
         self.theta = config.rope_theta
 
     def forward(self, x, state: TTTState | None = None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the inner model as it is now."""
         q = split_heads(self.q(x), self.D)                              # (B,H,T,D)
         k = split_heads(self.k(x), self.D)
         v = split_heads(self.v(x), self.D)
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
 
-        # Queries and keys turn by the position within the mini-batch: beyond it the inner model knows no order.
+        # Queries and keys turn by the position within the mini-batch: beyond it the inner model
+        # knows no order.
         seen = 0 if state is None else int(state.pos)
         positions = torch.arange(seen, seen + x.size(1), device=x.device) % self.K
         q = rotary(q, positions, self.theta)
         k = rotary(k, positions, self.theta)
 
-        # η_t = σ(w_h·x_t + c_h) / D is how far a token moves the weights; s_i = max(0, 1/i + learned_i) how far a step
-        # at place i of the mini-batch goes.
-        lr = torch.sigmoid(self.lr(x).to(at_least_float32(x))) / self.D                             # (B,T,H)
+        # η_t = σ(w_h·x_t + c_h) / D is how far a token moves the weights; s_i = max(0, 1/i +
+        # learned_i) how far a step at place i of the mini-batch goes.
+        lr = torch.sigmoid(self.lr(x).to(at_least_float32(x))) / self.D  # (B,T,H)
         place = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
-        step = (1 / place + self.token_scale).clamp(min=0)                                          # (K,)
+        step = (1 / place + self.token_scale).clamp(min=0)      # (K,)
 
-        # Parameters are matrices and vectors of all heads together; the recurrence wants them by head.
+        # Parameters are matrices and vectors of all heads together; the recurrence wants them by
+        # head.
         W = self.W.view(-1, self.D, self.D)
         b = self.b.view(-1, self.D)
         ln_weight = self.ln_weight.view(-1, self.D)
         ln_bias = self.ln_bias.view(-1, self.D)
         with full_precision(x):
             o, state = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, step,
-                                  W, b, ln_weight, ln_bias, state)                                  # o (B,T,H,D)
+                                  W, b, ln_weight, ln_bias, state)  # o (B,T,H,D)
         return self.out(self.post_norm(o.flatten(2))), state
 
     def flops(self, T):
+        """W's gradient, its use, and what is shared within a mini-batch."""
         H = self.W.size(0) // self.D
         return H * (6 * self.D * self.D + 4 * self.K * self.D)
 
@@ -767,11 +810,12 @@ class DeltaNetState(NamedTuple):
 
 
 class DeltaNet(nn.Module):
-    """Fast weights S written by the gated delta rule. The recurrence is `gated_delta_rule` in memories.py, its slow form
-    the loop there.
+    """Fast weights S written by the gated delta rule. The recurrence is `gated_delta_rule` in
+    memories.py, its slow form the loop there.
 
-    Yang et al. 2025, eq. 10, and the block design of section 3; https://github.com/NVlabs/GatedDeltaNet,
-    lit_gpt/gated_delta_net.py. β = σ(W_β x) and log α = -exp(A_log) softplus(W_α x + dt_bias), as in Mamba 2.
+    Yang et al. 2025, eq. 10, and the block design of section 3;
+    https://github.com/NVlabs/GatedDeltaNet, lit_gpt/gated_delta_net.py. β = σ(W_β x) and log α =
+    -exp(A_log) softplus(W_α x + dt_bias), as in Mamba 2.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -790,18 +834,20 @@ class DeltaNet(nn.Module):
         channels = 2 * C + H * self.Dv
         self.conv = nn.Parameter(torch.empty(channels, 1, CONV_WIDTH).uniform_(-1, 1) * CONV_WIDTH ** -0.5)
 
-        # How fast S forgets: the rate A ~ U(0,16), and a time step dt, log-uniform from 0.001 to 0.1.
+        # How fast S forgets: the rate A ~ U(0,16), and a time step dt, log-uniform from 0.001 to
+        # 0.1.
         self.A_log = nn.Parameter(torch.empty(H).uniform_(0, 16).log())
         dt = torch.exp(torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))                  # softplus(dt_bias) = dt
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
         self.norm_weight = nn.Parameter(torch.ones(self.Dv))
         self.out = nn.Linear(H * self.Dv, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the new state."""
         tail, S = (None, None) if state is None else state
-        projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)                    # (B,T,channels)
+        projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)  # (B,T,channels)
         convolved, tail = self.convolve(projected, tail)
         C = x.size(2)
         q, k, v = convolved.split([C, C, convolved.size(2) - 2 * C], -1)
@@ -823,18 +869,21 @@ class DeltaNet(nn.Module):
         return self.out(o * F.silu(self.output_gate(x))), DeltaNetState(tail, S)
 
     def convolve(self, u, tail):
-        """A causal depthwise convolution and SiLU: u (B,T,channels) and the inputs before it -> the same, new tail."""
+        """A causal depthwise convolution and SiLU: u (B,T,channels) and the inputs before it -> the
+        same, new tail."""
         B, T, channels = u.shape
         if tail is None:
             tail = u.new_zeros(B, CONV_WIDTH - 1, channels)
         u = torch.cat([tail, u], 1)
-        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under torch.compile.
+        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass
+        # under torch.compile.
         y = 0
         for w in range(CONV_WIDTH):
             y = y + self.conv[:, 0, w].to(u.dtype) * u[:, w:w + T]
         return F.silu(y), u[:, T:]
 
     def flops(self, T):
+        """The rule's chunked form and the convolution."""
         H = self.beta.out_features
         chunk = min(64, T)                                      # of the chunked form in memories.py
         rule = H * (4 * chunk * self.D + 6 * chunk * self.Dv + 6 * self.D * self.Dv)
@@ -845,15 +894,16 @@ class DeltaNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic: Memory Mosaics (Zhang et al. 2024)
 
-EXP_SPEEDUP = 10.0      # scales and leaks are stored divided by this, so that they learn ten times faster than their lr
-KEY_SCALE_MAX = 5.0     # the largest logarithm of a key's length
+EXP_SPEEDUP = 10.0   # scales and leaks are stored divided by this, so that they learn ten times faster than their lr
+KEY_SCALE_MAX = 5.0  # the largest logarithm of a key's length
 
 
 class MosaicKey(nn.Module):
     """k_t = exp(min(power·σ, cap)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head.
 
-    Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics, Library/memory_mosaics/models/
-    memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ there has no effect, since keys are normalised.
+    Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics,
+    Library/memory_mosaics/models/memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ
+    there has no effect, since keys are normalised.
     """
     def __init__(self, config: Config, power: float):
         super().__init__()
@@ -865,10 +915,11 @@ class MosaicKey(nn.Module):
 
     def slow(self, x):
         """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
-        decay, size = self.decay(), self.size()
+        decay = self.decay()
+        size = self.size()
         k_bar = 0
         keys = []
-        for new in split_heads(self.phi(x), self.D).unbind(2):                          # W_φ x_t  (B,H,D)
+        for new in split_heads(self.phi(x), self.D).unbind(2):  # W_φ x_t  (B,H,D)
             k_bar = new + decay[:, None] * k_bar
             keys.append(size[:, None] * k_bar / k_bar.norm(dim=-1, keepdim=True))
         return torch.stack(keys, 2)
@@ -878,7 +929,8 @@ class MosaicKey(nn.Module):
         return torch.exp(-EXP_SPEEDUP * self.leak.abs())
 
     def size(self):
-        """The keys' length (H,): the longer they are, the more the nearest key outweighs the others."""
+        """The keys' length (H,): the longer they are, the more the nearest key outweighs the
+        others."""
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
     def forward(self, x, k_bar):
@@ -901,8 +953,9 @@ class ContextState(NamedTuple):
 class ContextualMemory(nn.Module):
     """y_t = Σ_{i<t} softmax_i(k_t·k_i) v_i,   v_i = exp(τ) v̄_i/‖v̄_i‖,   v̄_i = a u_i + (1-a) u_{i+1},   u = W_ψ x.
 
-    Keys (`MosaicKey`) are their own queries. The value v_i peeks at token i+1, so the sum stops before t, and y_0 = 0.
-    Strictly causal attention is ordinary causal attention of k[1:] on k[:-1]: it runs on the flash kernel.
+    Keys (`MosaicKey`) are their own queries. The value v_i peeks at token i+1, so the sum stops
+    before t, and y_0 = 0. Strictly causal attention is ordinary causal attention of k[1:] on
+    k[:-1]: it runs on the flash kernel.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -923,7 +976,7 @@ class ContextualMemory(nn.Module):
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
         size = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None]
-        ys = [torch.zeros_like(u[:, :, 0])]                                             # nothing stands before token 0
+        ys = [torch.zeros_like(u[:, :, 0])]                     # nothing stands before token 0
         for t in range(1, x.size(1)):
             # the values before t: each has seen the token after its own
             v_bar = a * u[:, :, :t] + (1 - a) * u[:, :, 1:t + 1]
@@ -934,6 +987,7 @@ class ContextualMemory(nn.Module):
         return self.out(join_heads(torch.stack(ys, 2)))
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the new state."""
         k_bar, past_k, past_v, past_u = (None, None, None, None) if state is None else state
         k, k_bar = self.key(x, k_bar)
         u = split_heads(self.psi(x), self.D)
@@ -945,7 +999,7 @@ class ContextualMemory(nn.Module):
         with full_precision(x):
             a = self.mix[:, None, None]
             size = (EXP_SPEEDUP * self.scale).exp()[:, None, None]
-            v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])         # v_i for i < t
+            v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])  # v_i for i < t
         keys = extend(past_k, k)
         values = extend(past_v, v.to(u.dtype))
 
@@ -960,19 +1014,21 @@ class ContextualMemory(nn.Module):
         return self.out(join_heads(y)), ContextState(k_bar, keys, values, u[:, :, -1:])
 
     def weights(self, x, state, ve=None):
-        """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing on the own token."""
+        """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing
+        on the own token."""
         k, _ = self.key(x, state.k_bar)
         keys = extend(state.k, k)[:, :, :-1].double()
         weights = attend(k.double(), keys, one_hot_values(keys), scale=1.0)
         return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
+        """Causal attention to all of the past."""
         return attention_flops(T, None, self.psi.in_features)
 
 
 class PersistentMemory(nn.Module):
-    """y = exp(τ) softmax(k P_kᵀ) P_v per head, N learned pairs: takes the place of the MLP. Its state is the leaky
-    average of its keys."""
+    """y = exp(τ) softmax(k P_kᵀ) P_v per head, N learned pairs: takes the place of the MLP. Its
+    state is the leaky average of its keys."""
     def __init__(self, config: Config):
         super().__init__()
         C = config.n_embd
@@ -982,7 +1038,7 @@ class PersistentMemory(nn.Module):
         # An attention block has 2C(C + Hkv·D) + 8C² weights; a mosaic block 5C² + 2·N·C.
         N = config.mosaic_slots or (5 * C + 2 * config.n_kv_head * self.D) // 2
         self.key = MosaicKey(config, power=2)
-        self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)                     # a row is one pair of every head
+        self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ
         self.out = nn.Linear(C, C, bias=False)
@@ -996,6 +1052,7 @@ class PersistentMemory(nn.Module):
         return self.out(join_heads(y))
 
     def forward(self, x, state=None):
+        """x (B,T,C) -> y (B,T,C), the new leaky average of its keys."""
         k, k_bar = self.key(x, state)
         P_k = split_heads(self.P_k.to(k.dtype).expand(x.size(0), -1, -1), self.D)       # (B,H,N,D)
         P_v = split_heads(self.P_v.to(k.dtype).expand(x.size(0), -1, -1), self.D)
@@ -1005,6 +1062,7 @@ class PersistentMemory(nn.Module):
         return self.out(join_heads(size * y)), k_bar
 
     def flops(self, T):
+        """Every key is scored and every value mixed."""
         return 4 * self.P_k.numel()
 
 
@@ -1020,11 +1078,13 @@ class MLP(nn.Module):
         self.is_relu2 = config.activation == "relu2"
 
     def forward(self, x, state=None):
+        """x (B,T,C) -> y (B,T,C), None."""
         h = self.up(x)
         h = F.relu(h).square() if self.is_relu2 else F.gelu(h)
         return self.out(h), None
 
     def flops(self, T):
+        """Nothing beside its linear layers."""
         return 0
 
 
@@ -1045,6 +1105,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> x (B,T,C), the new states of both halves."""
         mixer_state, feedforward_state = (None, None) if state is None else state
         y, mixer_state = self.mixer(self.norm1(x), mixer_state, ve)
         x = x + self.dropout(y)
@@ -1060,10 +1121,11 @@ class StackState(NamedTuple):
 
 
 class Stack(nn.Module):
-    """Positions, blocks, final norm: x (B,T,C) embedded tokens -> y (B,T,C) ready for the output projection.
+    """Positions, blocks, final norm: x (B,T,C) embedded tokens -> y (B,T,C) ready for the output
+    projection.
 
-    ve (B,T,n,Hkv·D) holds the value embeddings of the n layers that have them. The first n_free tokens stay visible in
-    every attention layer, whatever its window.
+    ve (B,T,n,Hkv·D) holds the value embeddings of the n layers that have them. The first n_free
+    tokens stay visible in every attention layer, whatever its window.
     """
     def __init__(self, config: Config, n_free: int = 0):
         super().__init__()
@@ -1086,6 +1148,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the new state. Learned positions end where training ended."""
         pos, block_states = (0, [None] * len(self.blocks)) if state is None else state
         end = int(pos) + x.size(1)
         if self.wpe is not None:
@@ -1102,6 +1165,7 @@ class Stack(nn.Module):
         return self.final_norm(x), StackState(torch.tensor(end), tuple(new_states))
 
     def flops(self, T):
+        """All of the stack's: two a weight of a linear layer, and what the blocks add."""
         total = 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -1122,13 +1186,14 @@ class RMTState(NamedTuple):
 
 
 class RMT(nn.Module):
-    """Runs the stack on [read memory (M); segment (S); write memory (M)], segment after segment; the outputs at the
-    write positions are the next segment's read memory. `slow` is this sentence.
+    """Runs the stack on [read memory (M); segment (S); write memory (M)], segment after segment;
+    the outputs at the write positions are the next segment's read memory. `slow` is this sentence.
 
-    The memory is written at the end because a causal model's earlier positions never see the segment. Write positions
-    start from the read memory, as in the paper: what is not overwritten carries over, and no weights are added. The
-    write tokens run only once a token of the next segment is there to read them. Positions restart in each segment, and
-    windowed layers keep seeing the read memory (the stack's free tokens).
+    The memory is written at the end because a causal model's earlier positions never see the
+    segment. Write positions start from the read memory, as in the paper: what is not overwritten
+    carries over, and no weights are added. The write tokens run only once a token of the next
+    segment is there to read them. Positions restart in each segment, and windowed layers keep
+    seeing the read memory (the stack's free tokens).
 
     Bulatov et al. 2022, section 3; https://github.com/booydar/recurrent-memory-transformer.
     """
@@ -1137,7 +1202,8 @@ class RMT(nn.Module):
         self.M = config.rmt_tokens
         self.S = config.segment_length
         self.bptt = config.rmt_bptt
-        # What the stack reads is one segment with its memory, whatever the model's rows are; its windows are the model's.
+        # What the stack reads is one segment with its memory, whatever the model's rows are; its
+        # windows are the model's.
         length = self.S + 2 * self.M
         inner = replace(config, max_seq_len=length, rmt_segment=length, short_window=config.local_window)
         self.stack = Stack(inner, n_free=self.M)
@@ -1151,18 +1217,17 @@ class RMT(nn.Module):
             n = segment.size(1)
             y, _ = self.stack(torch.cat([memory, segment, memory], 1))
             ys.append(y[:, self.M:self.M + n])
-            memory = y[:, self.M + n:]                              # the outputs at the write positions
+            memory = y[:, self.M + n:]                          # the outputs at the write positions
         return torch.cat(ys, 1)
 
     def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the memory and the running segment's state."""
         B, T, _ = x.shape
-        if state is None:
-            memory = self.memory_tokens.weight.to(x.dtype).expand(B, -1, -1)
-            segment, seen = None, 0
-        else:
-            memory, segment, seen = state
+        start = self.memory_tokens.weight.to(x.dtype).expand(B, -1, -1)
+        memory, segment, seen = (start, None, 0) if state is None else state
 
-        # Cut where segments end. A segment that was complete before this call leaves an empty first piece.
+        # Cut where segments end. A segment that was complete before this call leaves an empty first
+        # piece.
         bounds = [0, *range(self.S - int(seen), T, self.S), T]
         sizes = [end - begin for begin, end in zip(bounds, bounds[1:])]
         pieces = x.split(sizes, 1)
@@ -1176,7 +1241,8 @@ class RMT(nn.Module):
         return y, RMTState(memory, segment, torch.tensor(seen))
 
     def read(self, pieces, ve_pieces, memory, segment):
-        """The recurrence: every piece but the last completes its segment, and writes the memory that the next reads."""
+        """The recurrence: every piece but the last completes its segment, and writes the memory
+        that the next reads."""
         ys = []
         for piece, ve in zip(pieces[:-1], ve_pieces):
             y, memory = self.read_and_write(piece, ve, memory, segment)
@@ -1187,17 +1253,19 @@ class RMT(nn.Module):
         return torch.cat(ys, 1), memory, segment
 
     def read_piece(self, piece, ve, memory, segment):
-        """[read memory, if the segment begins here; piece] -> the outputs at the piece, the stack's new state."""
+        """[read memory, if the segment begins here; piece] -> the outputs at the piece, the stack's
+        new state."""
         read = memory[:, :0] if segment is not None else memory
         y, segment = self.stack(torch.cat([read, piece], 1), segment, self.pad(ve, read.size(1), 0))
         return y[:, read.size(1):], segment
 
     def read_and_write(self, piece, ve, memory, segment):
-        """The same with the write positions behind it -> the outputs at the piece, the next segment's memory."""
+        """The same with the write positions behind it -> the outputs at the piece, the next
+        segment's memory."""
         n = piece.size(1)
         read = memory[:, :0] if segment is not None else memory
         x = torch.cat([read, piece, memory], 1)
-        if x.size(1) == 0:                      # a segment that was complete already, in a model without memory tokens
+        if x.size(1) == 0:   # a segment that was complete already, in a model without memory tokens
             return piece, memory
         y, _ = self.stack(x, segment, self.pad(ve, read.size(1), self.M))
         y = y[:, read.size(1):]
@@ -1210,16 +1278,17 @@ class RMT(nn.Module):
     def read_truncated(self, pieces, ve_pieces, memory, segment):
         """`read`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        Segments are run once for each depth: run d reads a memory whose gradient crosses d boundaries, and the deepest
-        run gives the outputs. So truncation costs rmt_bptt + 1 runs of the stack.
+        Segments are run once for each depth: run d reads a memory whose gradient crosses d
+        boundaries, and the deepest run gives the outputs. So truncation costs rmt_bptt + 1 runs of
+        the stack.
         """
         runs = [(memory, segment)]              # one a depth, the deepest last
         ys = []
         for piece, ve in zip(pieces[:-1], ve_pieces):
             outputs = [self.read_and_write(piece, ve, memory, segment) for memory, segment in runs]
             ys.append(outputs[-1][0])
-            # What was depth d is depth d + 1 behind the boundary. Depth 0 is the same memory without its gradient, and
-            # what would be deeper than rmt_bptt is dropped.
+            # What was depth d is depth d + 1 behind the boundary. Depth 0 is the same memory
+            # without its gradient, and what would be deeper than rmt_bptt is dropped.
             written = [memory for _, memory in outputs]
             by_depth = [written[0].detach(), *written][:self.bptt + 1]
             runs = [(memory, None) for memory in by_depth]
@@ -1229,6 +1298,8 @@ class RMT(nn.Module):
         return torch.cat(ys, 1), memory, segment
 
     def flops(self, T):
+        """The stack's for a segment and its 2M memory tokens, spread over the segment's S
+        tokens."""
         return self.stack.flops(self.S + 2 * self.M) * (self.S + 2 * self.M) / self.S
 
 
@@ -1236,15 +1307,16 @@ class RMT(nn.Module):
 # The table of memories, and what cannot be built
 
 class Memory(NamedTuple):
-    """What a memory puts into the backbone: in place of attention, in place of the MLP, around the blocks.
+    """What a memory puts into the backbone: in place of attention, in place of the MLP, around the
+    blocks.
 
         mixer(config, layer)    module(x, state, ve) -> y, state     x, y (B,T,C); ve (B,T,Hkv·D) or None
         feedforward(config)     module(x, state) -> y, state
         stack(config)           module(x, state, ve) -> y, state     ve (B,T,n,Hkv·D) or None
 
-    Each has flops(T): the forward FLOPs a token, averaged over a row of T tokens, of everything but its nn.Linear
-    modules, which the stack counts. A stack's flops(T) are all of its FLOPs. A linear layer that adds to the residual
-    stream is called `out`, so that GPT.init_weights finds it.
+    Each has flops(T): the forward FLOPs a token, averaged over a row of T tokens, of everything but
+    its nn.Linear modules, which the stack counts. A stack's flops(T) are all of its FLOPs. A linear
+    layer that adds to the residual stream is called `out`, so that GPT.init_weights finds it.
     """
     mixer: type = Attention
     feedforward: type = MLP
@@ -1263,7 +1335,8 @@ MEMORIES = {
 
 
 def layers_with_memory(config: Config) -> set[int]:
-    """The layers that config.memory_layers names: there the memory takes the place of attention (and of the MLP)."""
+    """The layers that config.memory_layers names: there the memory takes the place of attention
+    (and of the MLP)."""
     text = config.memory_layers
     everywhere = set(range(config.n_layer))
     if text == "all":
@@ -1275,7 +1348,8 @@ def layers_with_memory(config: Config) -> set[int]:
     try:
         chosen = {int(index) for index in text.split("+")}
     except ValueError:
-        raise ValueError(f"memory_layers={text!r} was given, expected all, middle, or indexes such as 6 or 1+3+5") from None
+        raise ValueError(f"memory_layers={text!r} was given, expected all, middle, or indexes such as "
+                         "6 or 1+3+5") from None
     if not chosen <= everywhere:
         raise ValueError(f"memory_layers={text!r} is out of range; the layers are 0 to {config.n_layer - 1}")
     return chosen
@@ -1286,7 +1360,8 @@ def check_architecture(config: Config) -> None:
     if config.memory not in MEMORIES:
         raise ValueError(f"memory={config.memory!r} is not known; choose one of {', '.join(MEMORIES)}")
     if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; make it a multiple")
+        raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; "
+                         "make it a multiple")
     if config.n_head % config.n_kv_head:
         raise ValueError(f"n_head={config.n_head} is not a multiple of n_kv_head={config.n_kv_head}; change either")
     if not config.window or set(config.window) - set("SL"):
@@ -1309,7 +1384,8 @@ def check_architecture(config: Config) -> None:
 
 
 def unused_options(config: Config) -> list[str]:
-    """The settings that differ from their defaults but belong to another memory, so that they change nothing here.
+    """The settings that differ from their defaults but belong to another memory, so that they
+    change nothing here.
 
     A setting of the group "memory" belongs to the memory named before its first underscore.
     """
@@ -1337,7 +1413,8 @@ def state_bytes(state) -> int:
 
 
 class GPT(nn.Module):
-    """Token embeddings, the body (a stack of blocks, and what a memory wraps around it), and the output projection."""
+    """Token embeddings, the body (a stack of blocks, and what a memory wraps around it), and the
+    output projection."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -1356,8 +1433,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def init_weights(self):
-        """N(0, 0.02²) everywhere, GPT-2's 1/√(2L) on what is added to the residual stream; value embeddings as wide as
-        the values they join. What a memory has beyond linear layers and embeddings is set in its own class."""
+        """N(0, 0.02²) everywhere, GPT-2's 1/√(2L) on what is added to the residual stream; value
+        embeddings as wide as the values they join. What a memory has beyond linear layers and
+        embeddings is set in its own class."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = 0.02
@@ -1370,8 +1448,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The blocks' matrices, of every mechanism alike: Muon's share. Embeddings, memory tokens, output projection,
-        vectors and convolutions are AdamW's."""
+        """The blocks' matrices, of every mechanism alike: Muon's share. Embeddings, memory tokens,
+        output projection, vectors and convolutions are AdamW's."""
         matrices = []
         for module in self.modules():
             if isinstance(module, Block):
@@ -1379,11 +1457,12 @@ class GPT(nn.Module):
         return matrices
 
     def stream(self, idx: Tensor, state=None) -> tuple[Tensor, tuple]:
-        """idx (B,T) int64 continues the sequence that `state` remembers -> logits (B,T,V), the new state."""
+        """idx (B,T) int64 continues the sequence that `state` remembers -> logits (B,T,V), the new
+        state."""
         x = self.wte(idx)                                       # (B,T,C)
         ve = None
         if self.value_embeds is not None:
-            ve = self.value_embeds(idx).unflatten(-1, (self.n_ve, -1))                  # (B,T,n,Hkv·D)
+            ve = self.value_embeds(idx).unflatten(-1, (self.n_ve, -1))  # (B,T,n,Hkv·D)
         x, state = self.body(x, state, ve)
         logits = self.lm_head(x)                                # (B,T,V)
         cap = self.config.softcap
@@ -1392,7 +1471,8 @@ class GPT(nn.Module):
         return logits, state
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B,T,V); with targets (B,T) the mean cross-entropy in nats over targets other than -1."""
+        """Logits (B,T,V); with targets (B,T) the mean cross-entropy in nats over targets other than
+        -1."""
         logits, _ = self.stream(idx)
         if targets is None:
             return logits
@@ -1401,7 +1481,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Tensor:
-        """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0 takes the likeliest."""
+        """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0
+        takes the likeliest."""
         if idx.size(1) == 0:
             raise ValueError("generate was given no tokens to continue; start from the end-of-text token")
         was_training = self.training
@@ -1423,6 +1504,6 @@ class GPT(nn.Module):
         return idx
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs (forward, and backward at twice that) per token of a row of seq_len tokens: matrix products and
-        each memory's own work."""
+        """Training FLOPs (forward, and backward at twice that) per token of a row of seq_len
+        tokens: matrix products and each memory's own work."""
         return 3 * (self.body.flops(seq_len) + 2 * self.lm_head.weight.numel())
