@@ -2479,7 +2479,7 @@ def test_eval_bad_input():
 # ----------------------------------------------------------------------------------------------------------------------
 # toys.py: generators, metrics, training
 
-SMALL = dict(steps=2, n_layer=1, n_embd=16, n_head=1)
+TOY_SHAPE = dict(steps=2, n_layer=1, n_embd=16, n_head=1)
 
 
 def five_batches(model, batch_fn, cfg):
@@ -2820,7 +2820,7 @@ def test_toys_length_counts_the_last_tokens_and_all_distances():
 
 def test_toys_length_tests_on_rows_that_were_not_trained_on():
     with recorded(length_batch=toys.length_batch, fit=five_batches) as calls:
-        toys.length_job(toys.Length(T=32, batch_size=8, test_rows=8, **SMALL))
+        toys.length_job(toys.Length(T=32, batch_size=8, test_rows=8, **TOY_SHAPE))
     trained = {tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()}
     tested = [x for _, (x, _, _) in calls["length_batch"][5:]]
     assert len(trained) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
@@ -2828,7 +2828,7 @@ def test_toys_length_tests_on_rows_that_were_not_trained_on():
 
 
 def test_toys_regbench_trains_on_every_automaton_once_an_epoch_and_tests_on_others():
-    cfg = toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **SMALL)
+    cfg = toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **TOY_SHAPE)
     with recorded(Instances=toys.Instances, fit=five_batches) as calls:
         result = toys.regbench_job(replace(cfg, steps=5))
     made = calls["Instances"]
