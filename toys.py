@@ -119,8 +119,8 @@ class Moons(Toy):
     periods: str = option("random", "random: whole numbers, log-uniform; published: the paper's eight triples", "toy",
                           ("random", "published"))
     beta: float = option(50.0, "inverse temperature of the memories", "toy")
-    sharpen: float = option(-1.0, "keys end e^sharpen times as long, so the kernel narrows; -1 = 1.2, one head 2", "toy",
-                            low=-1)
+    sharpen: float = option(-1.0, "keys end e^sharpen times as long, so the kernel narrows; -1 = 1.2, one head 2",
+                            "toy", low=-1)
     skip: int = option(-1, "observations without loss after 30% of the steps; -1 = 100, one head 128", "toy", low=-1)
     sequences: int = option(512, "validation sequences", "toy", low=1)
     optimizer: str = option("adamw", "adamw alone, because the matrices are complex and Muon has no such form",
@@ -159,8 +159,8 @@ class Moons(Toy):
 class Length(Toy):
     """Brackets, copy, repeat and recall: a model is trained on short sequences and tested on longer ones."""
     task: str = option("recall", "brackets, copy, repeat or recall", "toy")
-    model: str = option("local", "local (attention to a window), global (to all), rmt-0 (rmt without memory), or a memory",
-                        "toy")
+    model: str = option("local", "local (attention to a window), global (to all of the past), rmt-0 (rmt without "
+                        "memory), or a memory", "toy")
     T: int = option(64, "training length; tests are 1, 2, 4 and 8 times as long", "toy", low=32)
     window: int = option(16, "of local, persistent and knn; segment of rmt", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
@@ -202,7 +202,8 @@ class Length(Toy):
 @dataclass
 class RegBench(Toy):
     """Random automata: can a model learn a language that it has never seen, from a few hundred symbols of it?"""
-    model: str = option("rope", "rope or learned (transformers with these positions), none (without), or a memory", "toy")
+    model: str = option("rope", "rope or learned (transformers with these positions), none (without), or a memory",
+                        "toy")
     automata: int = option(1000, "training automata, one sequence each", "toy", low=1)
     T: int = option(512, "longest sequence; what is longer is cut", "toy", low=8)
     n_layer: int = option(2, "blocks", "toy", low=1)
@@ -546,8 +547,10 @@ def report_moons(results: list[dict], out: Path) -> list[list[str]]:
         slowest = max(run["cpu_seconds"] for run in runs)
         rows.append([setting.name, *(f"{s:.3f}" for s in stairs), converged, apart, f"{slowest:.0f}"])
 
-    say(f"\nThree moons{shared}: mean absolute error of {HORIZON} steps, median over seeds, by the observations in memory\n")
-    say(analyze.table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled", "cpu s"], rows))
+    say(f"\nThree moons{shared}: mean absolute error of {HORIZON} steps, median over seeds, by the observations in "
+        "memory\n")
+    say(analyze.table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled", "cpu s"],
+                      rows))
     plot_moons(settings, out)
     with_three = [setting for setting in settings if setting.cfg.heads == 3]
     if with_three:
@@ -813,8 +816,8 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
                      f"{average(runs, 'cpu_seconds'):.0f}"])
         here.append(f"{setting.name} {accuracy[-1]}")
 
-    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = at 8T, answers "
-        "two windows back or more\n")
+    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = at 8T, "
+        "answers two windows back or more\n")
     say(analyze.table(["model", "at T", "at 2T", "at 4T", "at 8T", "far", "seeds", "parameters", "state at T",
                        "state at 8T", "cpu s"], rows))
     plot_length(task, trained, settings, out)
@@ -1141,7 +1144,8 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
         seen.append([f"regbench, {setting.name}, {automata} automata", f"accuracy / TVD on unseen automata: {said}",
                      f"{ood[0]} / {ood[1]}"])
 
-    say(f"\nRegBench{shared}, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last one)\n")
+    say(f"\nRegBench{shared}, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last "
+        "one)\n")
     say(analyze.table(["model", "automata", "acc all", "TVD all", "acc last", "TVD last", "paper, all", "IID acc / TVD",
                        "parameters", "seeds"], rows))
     if any(automata == 100 for _, automata in best):
