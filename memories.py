@@ -251,7 +251,7 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
     log_alpha = chunks(log_alpha)                                                       # (B,H,n,C)
     beta = chunks(beta)[..., None]                                                      # (B,H,n,C,1)
 
-    # γ_i, and γ_C/γ_i, which remains of a write at the chunk's end
+    # γ_i, and γ_C/γ_i, the share of write i that is left at the chunk's end
     log_gamma = log_alpha.cumsum(-1)
     gamma = log_gamma.exp()[..., None]                                                  # (B,H,n,C,1)
     to_end = (log_gamma[..., -1:] - log_gamma).exp()[..., None]
@@ -263,7 +263,7 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     Gamma = log_Gamma.masked_fill(~causal, float("-inf")).exp()                         # (B,H,n,C,C)
 
-    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K
+    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. The solver takes the diagonal to be ones: I + A.
     A = (beta * (k @ k.mT) * Gamma).tril(-1)
     right_side = torch.cat([beta * v, beta * gamma * k], -1)
     UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
@@ -376,7 +376,8 @@ def _ttt_loop(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     lr = lr[..., None]                                                                  # (B,T,H,1)
     outputs = []
     for t in range(q.size(1)):
-        # how would the model of the mini-batch's start have to change for this token? (its answer is k + LN(k W + b))
+        # How would the model of the mini-batch's start have to change for this token? Its answer f(k) = k + LN(z) should
+        # be v, so LN(z) should be v - k.
         z = read(W_start, k[:, t]) + b_start                                            # (B,H,D)
         grad = ttt_gradient(z, v[:, t] - k[:, t], ln_weight, ln_bias)
 

@@ -6,7 +6,7 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
-the state gives the same outputs. A state is an immutable NamedTuple of tensors, and no layer writes into its inputs.
+the state gives the same outputs. A state is an immutable NamedTuple of tensors (or one tensor), and no layer writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -29,10 +29,12 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
 Glossary (name here = symbol in the papers)
     B, T, C, H, D    batch, time, channels (n_embd), heads, head dimension          Hkv  key/value heads (GQA)
     W = window, S = rmt_segment, K = ttt_chunk, N = knn_capacity or mosaic's persistent pairs
-    M                persistent's slots or rmt's memory tokens, a layer or a segment
-    pos              tokens seen before this call, a 0-dim int64 tensor on the CPU (reading it never waits for a GPU)
+    M                persistent's slots per layer, or rmt's memory tokens per segment
+    (W is also the inner weights of TTT, S the fast weights of DeltaNet, where these are at hand)
+    pos              in a state: tokens seen so far, a 0-dim int64 tensor on the CPU (reading it never waits for a GPU);
+                     ttt and rmt count within the running mini-batch or segment. Config.pos is the kind of positions
     ve               value embeddings: (B,T,Hkv·D) looked up from the token ids, mixed into a layer's values
-    free keys        the first keys of a layer that every query sees, whatever the window; positions do not matter there
+    free keys        the first keys of a layer, which every later query sees, whatever the window and ALiBi say
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
@@ -182,7 +184,7 @@ PRESETS = {
 # Shared parts: tensors
 
 def at_least_float32(x: Tensor) -> torch.dtype:
-    """float32, or x's own dtype where that is wider."""
+    """float32, or x's own dtype where that is wider (as memories.state_dtype)."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -258,9 +260,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
 
     The last Tq keys stand at the queries' positions. Query i sees the keys j <= i with i - j <
     window, and the first n_free keys whatever their distance. slopes (H,) are ALiBi's, from which
-    the free keys are exempt. No Tq×Tk mask is built: without window and slopes this is one
-    flash-attention call, otherwise queries go block by block and meet only the keys of their own
-    window, O(T·window).
+    the free keys are exempt. Whole sequences without window and slopes are one flash-attention
+    call. Otherwise queries go block by block, each with a mask of its own, and a window's block
+    meets only the keys of its window: O(T·window).
     """
     _, H, Tq, _ = q.shape
     Tk = k.size(2)
@@ -269,11 +271,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
     before = Tk - Tq        # keys that precede the first query's own
 
     # Without window and slopes no mask is needed but the causal one, which is built into the kernel.
-    is_plain = slopes is None and (window is None or window >= Tk)
-    if is_plain and Tq == 1:
+    only_causal = slopes is None and (window is None or window >= Tk)
+    if only_causal and Tq == 1:
         # the one query is the newest token: it sees every key
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    if is_plain and before <= Tq:
+    if only_causal and before <= Tq:
         # the kernel wants as many queries as keys: blank ones stand on the left
         padded = F.pad(q, (0, 0, before, 0))
         y = F.scaled_dot_product_attention(padded, k, v, dropout_p=dropout, is_causal=True, scale=scale)
@@ -292,7 +294,8 @@ def attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout):
     # Keys and values are cut into pieces: 0 holds the free keys, 1 the others that precede the
     # queries, 2 + n the keys of the n-th block of queries. The cut is made by split, as the
     # gradient of a slice is as long as the whole sequence, and a slice for each block would cost
-    # O(T²/block).
+    # O(T²/block). For 2 free keys, 3 more of the past, and 130 queries in blocks of 64 the pieces
+    # have 2, 3, 64, 64 and 2 keys. (A free key that is itself a query stands in piece 0 alone.)
     ends = [free, max(before, free)]
     for end in range(before + block, Tk, block):
         ends.append(max(end, free))
@@ -519,7 +522,7 @@ class PersistentAttention(Attention):
         std = 0.02 * config.n_embd ** 0.5      # the spread of a projected key or value at the start
         self.slot_k = nn.Parameter(std * torch.randn(self.M, self.Hkv * self.D))
         self.slot_v = nn.Parameter(std * torch.randn(self.M, self.Hkv * self.D))
-        self.slot_scale = nn.Parameter(torch.tensor([0.01]))  # the layer starts close to plain attention
+        self.slot_scale = nn.Parameter(torch.tensor([0.01]))  # the slots start by adding little to the values
 
     def with_slots(self, k, v):
         """One softmax over [slots; tokens]."""
@@ -715,6 +718,7 @@ class KNNAttention(Attention):
         depend on how the text was cut.
         """
         last = best.amin(-1, keepdim=True)                  # -inf where fewer than topk can be seen
+        # a few units of rounding, of a score that is at most √D
         tolerance = 8 * torch.finfo(score.dtype).eps * last.abs().clamp(1, self.D)
         retrieved = (score >= last - tolerance) & outside
         return store.used.maximum(torch.where(retrieved, t, -1).amax(2))
@@ -726,7 +730,7 @@ class KNNAttention(Attention):
     def flops(self, T):
         """Attention's; each query is scored against all N stored keys and mixes the values of the
         nearest."""
-        return super().flops(T) + self.H * self.D * (2 * self.N + 4 * self.topk)
+        return super().flops(T) + self.H * self.D * 4 * self.N
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -749,7 +753,7 @@ class TTT(nn.Module):
         self.k = nn.Linear(C, C, bias=config.bias)
         self.v = nn.Linear(C, C, bias=config.bias)
         self.lr = nn.Linear(C, H)                                       # w_h, c_h
-        self.token_scale = nn.Parameter(torch.zeros(self.K))            # learned_i
+        self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i, what s_i differs from 1/i by
         self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked
         self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
@@ -777,8 +781,8 @@ class TTT(nn.Module):
         # η_t = σ(w_h·x_t + c_h) / D is how far a token moves the weights; s_i = max(0, 1/i +
         # learned_i) how far a step at place i of the mini-batch goes.
         lr = torch.sigmoid(self.lr(x).to(at_least_float32(x))) / self.D  # (B,T,H)
-        place = torch.arange(1, self.K + 1, device=x.device, dtype=self.token_scale.dtype)
-        step = (1 / place + self.token_scale).clamp(min=0)      # (K,)
+        place = torch.arange(1, self.K + 1, device=x.device, dtype=self.scale_offset.dtype)
+        token_scale = (1 / place + self.scale_offset).clamp(min=0)  # s (K,)
 
         # Parameters are matrices and vectors of all heads together; the recurrence wants them by
         # head.
@@ -787,7 +791,7 @@ class TTT(nn.Module):
         ln_weight = self.ln_weight.view(-1, self.D)
         ln_bias = self.ln_bias.view(-1, self.D)
         with full_precision(x):
-            o, state = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, step,
+            o, state = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, token_scale,
                                   W, b, ln_weight, ln_bias, state)  # o (B,T,H,D)
         return self.out(self.post_norm(o.flatten(2))), state
 
@@ -857,7 +861,7 @@ class DeltaNet(nn.Module):
         if self.value_gate is not None:
             v = self.value_gate(v.transpose(1, 2), x, ve).transpose(1, 2)
 
-        # The gates, in float32: how much a token overwrites, and log α <= 0, how much S keeps.
+        # The gates, in float32: β says how much a token overwrites, and log α <= 0 how much S keeps.
         beta = torch.sigmoid(self.beta(x).to(at_least_float32(x)))                      # (B,T,H)
         dt = F.softplus(self.alpha(x).to(at_least_float32(x)) + self.dt_bias)
         log_alpha = -self.A_log.exp() * dt
@@ -886,7 +890,7 @@ class DeltaNet(nn.Module):
         """The rule's chunked form and the convolution."""
         H = self.beta.out_features
         chunk = min(64, T)                                      # of the chunked form in memories.py
-        rule = H * (4 * chunk * self.D + 6 * chunk * self.Dv + 6 * self.D * self.Dv)
+        rule = H * (6 * chunk * self.D + 4 * chunk * self.Dv + 6 * self.D * self.Dv)
         convolution = 2 * CONV_WIDTH * self.conv.size(0)
         return rule + convolution
 
@@ -908,10 +912,10 @@ class MosaicKey(nn.Module):
     def __init__(self, config: Config, power: float):
         super().__init__()
         self.D = config.head_dim
-        self.power = power
+        self.power = power  # 1 where keys meet keys, 2 where they meet learned ones: both products have the scale twice
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
-        self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b
-        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ
+        self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
+        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ / 10
 
     def slow(self, x):
         """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
@@ -966,7 +970,7 @@ class ContextualMemory(nn.Module):
         self.key = MosaicKey(config, power=1)
         self.psi = nn.Linear(C, C, bias=False)                                          # W_ψ
         self.mix = nn.Parameter(torch.rand(H))                                          # a
-        self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ
+        self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ / 10
         self.out = nn.Linear(C, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
 
@@ -1040,7 +1044,7 @@ class PersistentMemory(nn.Module):
         self.key = MosaicKey(config, power=2)
         self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
-        self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ
+        self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ / 10
         self.out = nn.Linear(C, C, bias=False)
 
     def slow(self, x):
@@ -1134,6 +1138,7 @@ class Stack(nn.Module):
         attention = partial(Attention, n_free=n_free)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layer):
+            # attention alone has free tokens; every other mixer is made of (config, layer)
             mixer = attention
             feedforward = MLP
             if layer in chosen and memory.mixer is not Attention:
@@ -1202,8 +1207,8 @@ class RMT(nn.Module):
         self.M = config.rmt_tokens
         self.S = config.segment_length
         self.bptt = config.rmt_bptt
-        # What the stack reads is one segment with its memory, whatever the model's rows are; its
-        # windows are the model's.
+        # What the stack reads is one segment with its memory, whatever the model's rows are, so that
+        # is its one segment; its windows are the model's.
         length = self.S + 2 * self.M
         inner = replace(config, max_seq_len=length, rmt_segment=length, short_window=config.local_window)
         self.stack = Stack(inner, n_free=self.M)
@@ -1235,12 +1240,12 @@ class RMT(nn.Module):
 
         boundaries = len(pieces) - 1
         truncates = torch.is_grad_enabled() and self.bptt < boundaries
-        read = self.read_truncated if truncates else self.read
-        y, memory, segment = read(pieces, ve_pieces, memory, segment)
+        run = self.run_truncated if truncates else self.run
+        y, memory, segment = run(pieces, ve_pieces, memory, segment)
         seen = sizes[-1] if boundaries > 0 else int(seen) + T
         return y, RMTState(memory, segment, torch.tensor(seen))
 
-    def read(self, pieces, ve_pieces, memory, segment):
+    def run(self, pieces, ve_pieces, memory, segment):
         """The recurrence: every piece but the last completes its segment, and writes the memory
         that the next reads."""
         ys = []
@@ -1255,41 +1260,42 @@ class RMT(nn.Module):
     def read_piece(self, piece, ve, memory, segment):
         """[read memory, if the segment begins here; piece] -> the outputs at the piece, the stack's
         new state."""
-        read = memory[:, :0] if segment is not None else memory
-        y, segment = self.stack(torch.cat([read, piece], 1), segment, self.pad(ve, read.size(1), 0))
-        return y[:, read.size(1):], segment
+        read_memory = memory if segment is None else memory[:, :0]
+        y, segment = self.stack(torch.cat([read_memory, piece], 1), segment, self.pad(ve, read_memory.size(1), 0))
+        return y[:, read_memory.size(1):], segment
 
     def read_and_write(self, piece, ve, memory, segment):
         """The same with the write positions behind it -> the outputs at the piece, the next
         segment's memory."""
         n = piece.size(1)
-        read = memory[:, :0] if segment is not None else memory
-        x = torch.cat([read, piece, memory], 1)
+        read_memory = memory if segment is None else memory[:, :0]
+        x = torch.cat([read_memory, piece, memory], 1)
         if x.size(1) == 0:   # a segment that was complete already, in a model without memory tokens
             return piece, memory
-        y, _ = self.stack(x, segment, self.pad(ve, read.size(1), self.M))
-        y = y[:, read.size(1):]
+        y, _ = self.stack(x, segment, self.pad(ve, read_memory.size(1), self.M))
+        y = y[:, read_memory.size(1):]
         return y[:, :n], y[:, n:]
 
     def pad(self, ve, before, after):
         """Value embeddings come from token ids; memory tokens have none."""
         return None if ve is None else F.pad(ve, (0, 0, 0, 0, before, after))
 
-    def read_truncated(self, pieces, ve_pieces, memory, segment):
-        """`read`, when each segment's loss shall reach only rmt_bptt boundaries back.
+    def run_truncated(self, pieces, ve_pieces, memory, segment):
+        """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        Segments are run once for each depth: run d reads a memory whose gradient crosses d
-        boundaries, and the deepest run gives the outputs. So truncation costs rmt_bptt + 1 runs of
-        the stack.
+        Every segment is run once for each depth d: that run reads the memory with a gradient that
+        crosses d boundaries. All of them compute the same numbers, and only the gradients differ.
+        The outputs are those of the deepest run; of the others only the memory is used. So
+        truncation costs rmt_bptt + 1 runs of the stack.
         """
-        runs = [(memory, segment)]              # one a depth, the deepest last
+        runs = [(memory, segment)]              # one for each depth, the deepest last
         ys = []
         for piece, ve in zip(pieces[:-1], ve_pieces):
-            outputs = [self.read_and_write(piece, ve, memory, segment) for memory, segment in runs]
+            outputs = [self.read_and_write(piece, ve, *started) for started in runs]
             ys.append(outputs[-1][0])
             # What was depth d is depth d + 1 behind the boundary. Depth 0 is the same memory
             # without its gradient, and what would be deeper than rmt_bptt is dropped.
-            written = [memory for _, memory in outputs]
+            written = [new_memory for _, new_memory in outputs]
             by_depth = [written[0].detach(), *written][:self.bptt + 1]
             runs = [(memory, None) for memory in by_depth]
         memory, segment = runs[-1]

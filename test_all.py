@@ -600,7 +600,7 @@ def test_ttt_layer_hands_over_what_is_published():
     """η = σ(·)/D, s = max(0, 1/i + learned), W_0 and b_0 per head, keys rotated by the position modulo K."""
     from unittest import mock
     layer, x = small_layer("ttt"), noise(1, 20, 16)
-    layer.token_scale[2] = -9.0
+    layer.scale_offset[2] = -9.0
     with mock.patch.object(model, "ttt_linear", wraps=model.ttt_linear) as recurrence:
         layer(x)
     q, k, v, lr, s, W, b = recurrence.call_args.args[:7]
@@ -638,7 +638,7 @@ def starts(layers, heads, width):
         ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
         ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
         ".conv": stats.uniform(-0.5, 1).cdf,                                            # U(-1,1)/√4, PyTorch's for a width of 4
-        ".W": gaussian(0.02), ".b": 0, ".token_scale": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,                  # ttt
+        ".W": gaussian(0.02), ".b": 0, ".scale_offset": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,                  # ttt
         ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
         ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
         ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": projected,
