@@ -16,7 +16,7 @@ Reading order
     main               are the kernels right, and what do they cost?
 
 Glossary (name in the code = symbol in the paper)
-    B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ. Time is always axis 1
+    B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ. Time is axis 1 of arguments
     log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
                        gated_delta_rule; inside a chunk, log γ is the sum of log α since the chunk's start
     beta = β           writing strength of a token, from 0 to 1
@@ -256,14 +256,14 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
     gamma = log_gamma.exp()[..., None]                                                  # (B,H,n,C,1)
     to_end = (log_gamma[..., -1:] - log_gamma).exp()[..., None]
 
-    # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair: as the difference of two sums it would
-    # cancel where the decay is strong. Pairs with i < j are masked before exp, which could overflow
-    # there.
-    log_Gamma = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1).cumsum(-1).mT
-    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    Gamma = log_Gamma.masked_fill(~causal, float("-inf")).exp()                         # (B,H,n,C,C)
+    # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair of tokens: as the difference of two long
+    # sums it would be lost by rounding where the decay is strong.
+    later = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1)                 # row j: log α_l for l > j
+    log_Gamma = later.cumsum(-1).mT                                                     # row i: the sums up to i
+    Gamma = log_Gamma.exp().tril()                                                      # (B,H,n,C,C), 0 for i < j
 
-    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. The solver takes the diagonal to be ones: I + A.
+    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. To the solver the diagonal is ones,
+    # so A stands for I + A.
     A = (beta * (k @ k.mT) * Gamma).tril(-1)
     right_side = torch.cat([beta * v, beta * gamma * k], -1)
     UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
