@@ -91,7 +91,7 @@ LOOKS = {
     "global": dict(color="#7f7f7f", marker="s"),
     "persistent": dict(color="#0072B2", marker="^"),
     "rmt": dict(color="#D55E00", marker="v"),
-    "rmt-0": dict(color="#D55E00", marker="<"),
+    "rmt-0": dict(color="#A50026", marker="<"),
     "ttt": dict(color="#009E73", marker="D"),
     "deltanet": dict(color="#CC79A7", marker="P"),
     "knn": dict(color="#E69F00", marker="X"),
