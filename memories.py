@@ -16,7 +16,8 @@ Reading order
     main               are the kernels right, and what do they cost?
 
 Glossary (name in the code = symbol in the paper)
-    B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ. Time is axis 1 of arguments
+    B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ.
+                       In arguments time is axis 1
     log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
                        gated_delta_rule; inside a chunk, log γ is the sum of log α since the chunk's start
     beta = β           writing strength of a token, from 0 to 1
@@ -376,8 +377,8 @@ def _ttt_loop(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     lr = lr[..., None]                                                                  # (B,T,H,1)
     outputs = []
     for t in range(q.size(1)):
-        # How would the model of the mini-batch's start have to change for this token? Its answer f(k) = k + LN(z) should
-        # be v, so LN(z) should be v - k.
+        # How would the model of the mini-batch's start have to change for this token? Its answer
+        # f(k) = k + LN(z) should be v, so LN(z) should be v - k.
         z = read(W_start, k[:, t]) + b_start                                            # (B,H,D)
         grad = ttt_gradient(z, v[:, t] - k[:, t], ln_weight, ln_bias)
 

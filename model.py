@@ -6,7 +6,8 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
-the state gives the same outputs. A state is an immutable NamedTuple of tensors (or one tensor), and no layer writes into its inputs.
+the state gives the same outputs. A state is an immutable NamedTuple of tensors (or one tensor), and no layer
+writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -38,7 +39,7 @@ Glossary (name here = symbol in the papers)
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
-2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394). The backbone of the d12 preset is nanochat's (via memory-bench).
+2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394). The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math

@@ -76,7 +76,8 @@ MOMENTUM = 0.95  # Muon's, in Nesterov's form
 @dataclass
 class FitConfig:
     """What `fit` needs to know. Raises ValueError for a value that is not allowed."""
-    seed: int = option(1, "of the initial weights, the order of the data and dropout", "optimisation", low=0, high=2**32)
+    seed: int = option(1, "of the initial weights, the order of the data and dropout", "optimisation", low=0,
+                       high=2**32)
     steps: int = option(400, "updates of the weights", "optimisation", low=1)
     batch_size: int = option(16, "rows of a step, over all ranks", "optimisation", low=1)
     optimizer: str = option("muon", "muon: hidden matrices by Muon, the rest by AdamW; adamw: all by AdamW",
@@ -113,8 +114,10 @@ class RunConfig(Config, FitConfig):
     tokenizer: str = option("byte", "byte, gpt2, or bpe:N (N tokens, trained on the corpus)", "data")
     data_sha256: str = option("", "of the token stream; filled in, or given to insist on exactly this data", "data")
     eval_tokens: int = option(131072, "validation tokens in an evaluation; 0 = all", "data", low=0)
-    eval_every: int = option(100, "steps between evaluations (always one at the end); 0 = only at the end", "run", low=0)
-    save_every: int = option(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run", low=0)
+    eval_every: int = option(100, "steps between evaluations (always one at the end); 0 = only at the end", "run",
+                             low=0)
+    save_every: int = option(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run",
+                             low=0)
     sample_tokens: int = option(200, "length of the text generated at the end, max_seq_len at most; 0 = none", "run",
                                 low=0)
     out_dir: str = option("out", "where run folders go", "run")
@@ -291,11 +294,12 @@ def update(runner, optimizers, batch: tuple, step: int, cfg, device) -> tuple[Te
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
     loss = accumulate(runner, batch, cfg, device)
 
-    # One norm over all parameters; a norm that must not be clipped is still measured.
+    # Clip the norm over all parameters together; where nothing is clipped it is still measured.
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
 
+    # The rate is that of this very step, so that a resumed run needs to know no more than its number.
     for group in groups:
         group["lr"] = lr_at(step, cfg)
     for optimizer in optimizers:
@@ -400,6 +404,8 @@ def build_optimizer(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     hidden = list(model.hidden_matrices()) if cfg.optimizer == "muon" else []
     is_hidden = set(hidden)
     rest = [p for p in model.parameters() if p.requires_grad and p not in is_hidden]
+
+    # One optimizer for each kind; a model may have parameters of one kind alone.
     optimizers = []
     if rest:
         groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=cfg.weight_decay),
@@ -472,9 +478,10 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     log = out / "log.jsonl"
     text = log.read_bytes() if log.exists() else b""
 
+    # The model, the optimizers and the position in the data and in the log, all of one step.
     step = 0
     seconds = 0.0
-    keep = 0
+    keep = 0  # bytes of the log
     if found is not None:
         check_same(found["config"], cfg, out / "ckpt.pt")
         step = found["step"]
@@ -487,8 +494,10 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
             optimizer.load_state_dict(state)
         say(f"continuing {out} from step {step}")
 
+    # On several nodes the folder may not be the same disk.
     if world() > 1 and all_reduce([step], pick_device(cfg)).item() != step * world():
         raise UserError(f"the ranks see different checkpoints in {out}; put out_dir on a disk that every node mounts")
+    # What was logged after the checkpoint will be computed again.
     if rank() == 0 and len(text) != keep:
         with replacing(log) as f:
             f.write(text[:keep])
@@ -811,8 +820,8 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
     """argv -> the flags that were given (name -> text; a tuple's flag can be given several times: name -> texts), and
     the words that are no flags.
 
-    Every field of the dataclass `kind` is a flag --name=value, but those in `fixed`. shown: a configuration whose values
-    --help gives as the defaults. words: what --help says of the words; "" allows none. Raises UserError.
+    Every field of the dataclass `kind` is a flag --name=value, but those in `fixed`. shown: a configuration whose
+    values --help gives as the defaults. words: what --help says of the words; "" allows none. Raises UserError.
     """
     known = {f.name: f for f in fields(kind) if f.name not in fixed}
     parser = data.Parser(usage=usage, description=description, allow_abbrev=False,
@@ -832,6 +841,7 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
         group = groups[f.metadata["group"]]
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, action=action, metavar=metavar, help=text)
 
+    # An unknown flag is more often a slip than a wish.
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
@@ -895,6 +905,7 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
     read instead of run. One that diverges does not stop the others. With several workers that many run side by side,
     one thread each, every one in a process of its own.
     """
+    # A run counts as finished when its result.json is there: it is the last file that a run writes.
     results = {}
     todo = []
     for cfg in configs:
@@ -909,6 +920,7 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
         say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
             "again)")
 
+    # Run the others, one after the other or side by side. Each says what came out and how long the rest will take.
     diverged = []
     start = time.perf_counter()
     together = side_by_side(todo, job, workers) if workers > 1 else one_by_one(todo, job)
@@ -1067,6 +1079,7 @@ def train(cfg: RunConfig) -> dict:
     """Trains and measures one model; a job for run_all."""
     if cfg.batch_size % world():
         raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
+    # The corpus decides the vocabulary, and so the model.
     device = pick_device(cfg)
     corpus = load_corpus(cfg.dataset, cfg.tokenizer)
     cfg = fill_in(cfg, corpus)
@@ -1096,6 +1109,7 @@ def train(cfg: RunConfig) -> dict:
             more["mfu"] = tokens * flops / record["step_seconds"] / peak
         return more
 
+    # Train, then measure what has come out.
     history = fit(model, batch_fn, cfg, cfg.folder, evaluate, describe)
     model.eval()
     if not final:
@@ -1164,11 +1178,13 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     shown = preset_config(asked[0] if asked and asked[0] in PRESETS else "laptop")
     flags, _ = read_flags(RunConfig, argv, usage="train.py [--key=value ...]",
                           description=__doc__.split("\n\nA run")[0], shown=shown)
+    # Every point of the grid is a configuration, and gets its name.
     configs = [preset_config(**settings) for settings in grid(RunConfig, flags)]
     configs = [replace(cfg, name=cfg.name or run_name(cfg)) for cfg in configs]
     names = {cfg.name for cfg in configs}
     if len(names) < len(configs):
-        raise UserError(f"--name={configs[0].name} is one folder but the sweep has {len(configs)} runs; leave --name out")
+        raise UserError(f"--name={configs[0].name} is one folder but the sweep has {len(configs)} runs; leave --name "
+                        "out")
     return configs
 
 
