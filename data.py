@@ -135,7 +135,7 @@ def disk(path: str | Path):
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; files already written are intact, so make room (or "
-                        "choose another --out_dir) and give the same command again") from None
+                        "choose another folder) and give the same command again") from None
 
 
 @contextlib.contextmanager

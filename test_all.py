@@ -1597,7 +1597,7 @@ def test_bad_input_is_one_line_and_status_2():
         (["--steps=0"], "steps=0"), (["--lr=nan"], "lr=nan"), (["--lr=-1"], "lr=-1"), (["--lr=inf"], "lr=inf"),
         (["--beta2=1"], "beta2=1"), (["--clip=,1"], "--clip="), (["--vocab_size=100"], "100", "257"),
         (["--device_batch_size=3"], "device_batch_size=3", "4"), (["--dtype=bfloat16"], "bfloat16"),
-        (["--data_sha256=abc"], "abc"), (["--seed=1,2", "--name=x"], "--name=x"), (["--dataset=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--data_sha256=abc"], "abc"), (["--seed=1,2", "--name=x"], "such as x", "leave --name out"), (["--seed=1,1"], "each value once"), (["--dataset=/nowhere/at/all"], "/nowhere/at/all"),
         (["--out_dir=file"], "cannot write", "file")]
     refusals += [] if torch.cuda.is_available() else [(["--device=cuda"], "CUDA")]
     with workplace() as (folder, base):
@@ -1610,7 +1610,7 @@ def test_bad_input_is_one_line_and_status_2():
 def test_a_setting_that_no_run_reads_is_named():
     def notes(*argv):
         return call(lambda words: train.note_unused(train.parse_args(words)), *argv)[1]
-    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because memory=none does not read it\n"
+    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because no memory here reads it\n"
     assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
 

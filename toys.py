@@ -329,7 +329,8 @@ def save_figure(figure, path: Path) -> None:
 # moons: three moons circle at constant speed. An observation is their three places on the unit circle, as complex
 # numbers. The network predicts the next observation from what followed similar observations.
 
-VALIDATION = (1, 2, 3)  # the ratios of the validation periods. Its lcm is smallest among the published triples.
+# The ratios of the validation periods, and the published training triples (of which the second has the same ratios).
+VALIDATION = (1, 2, 3)
 PUBLISHED = ((.5, 1, 2), (.5, 1, 1.5), (.5, 1, 3), (.5, 1.5, 3), (1, 1.5, 3), (.5, 1, 2.5), (1, 1.5, 2), (.5, 1.5, 2))
 LCM = 6                  # after the least common multiple of the three periods the whole system repeats
 LONG = 800               # observations in a validation sequence, which holds three repetitions of the whole system
@@ -434,7 +435,7 @@ def short_systems() -> list[tuple]:
 
 
 def draw_periods(rng: np.random.Generator, cfg: Moons) -> np.ndarray:
-    """Three periods to train on, never in the ratios of the validation set; whole numbers unless published."""
+    """Three periods to train on: published, or whole numbers that are never in the ratios of the validation set."""
     if cfg.periods == "published":
         return np.array(PUBLISHED[rng.integers(len(PUBLISHED))]) * cfg.T / (3 * LCM)
     if cfg.heads == 1:

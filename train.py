@@ -506,7 +506,7 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
 
 
 def load_run(path: str | Path) -> tuple[GPT, RunConfig, dict]:
-    """out/<run> (or a checkpoint file in it) -> the trained model on the CPU, its config, the whole checkpoint."""
+    """out/<run> (or any file in it) -> the trained model on the CPU, its config, the whole checkpoint."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     found = find_checkpoint(folder)
     if found is None:
@@ -796,6 +796,7 @@ def plot_losses(history: list[dict], path: Path) -> None:
     """loss.png: bits per byte in training (the mean of 20 steps) and in validation, against the step."""
     import analyze
     steps = [r["step"] for r in history]
+    # the history begins with step 1, so n steps are its first n records
     smooth = [mean(r["bpb"] for r in history[max(n - 20, 0):n]) for n in steps]
     measured = [r for r in history if "val_bpb" in r]
 
@@ -914,7 +915,7 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
             results[cfg.folder] = json.loads(path.read_text())
             check_same(results[cfg.folder]["config"], cfg, path)
         else:
-            uses_bf16(cfg)  # refuses a device that is not here before anything is run
+            uses_bf16(cfg)  # raises, before anything is run, if the device is not here
             todo.append(cfg)
     if results:
         say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
@@ -1012,7 +1013,8 @@ def run_one(cfg, job) -> dict:
     cpu_start = time.process_time()
     measurements = job(cfg)
 
-    # {identity, config, machine, measurements}. The last win: a job fills in what only the data could tell.
+    # Identity, config, machine, measurements. Measurements may replace what stands before them: a job
+    # fills in the settings that only the data could tell.
     result = cfg.identity()
     result["config"] = asdict(cfg)
     result["device"] = f"{world()} x {device_name(device)}"
@@ -1183,8 +1185,8 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     configs = [replace(cfg, name=cfg.name or run_name(cfg)) for cfg in configs]
     names = {cfg.name for cfg in configs}
     if len(names) < len(configs):
-        raise UserError(f"--name={configs[0].name} is one folder but the sweep has {len(configs)} runs; leave --name "
-                        "out")
+        raise UserError(f"the sweep has {len(configs)} runs but only {len(names)} names, such as {configs[0].name}; "
+                        "leave --name out, and give each value once")
     return configs
 
 
@@ -1194,7 +1196,7 @@ def note_unused(configs: list[RunConfig]) -> None:
     for cfg in configs:
         unused &= set(unused_options(cfg))
     for name in sorted(unused):
-        say(f"note: --{name} changes nothing, because memory={configs[0].memory} does not read it")
+        say(f"note: --{name} changes nothing, because no memory here reads it")
 
 
 def start_processes(cfg: RunConfig) -> None:
