@@ -17,10 +17,10 @@ Corpora
     tinystories, simplewiki, shakespeare
                     These are downloaded when they are first used.
     PATH            A text file, or a folder of them. A line <|endoftext|> separates two documents. A .jsonl file
-                    (also BabiStories' traindataset.txt and valdataset.txt) has one document a line: a string, or an object with a string
-                    under "text" or "story". If the names of all files begin or end with train or val, they tell
-                    the split. Otherwise a hash of its name sends 5% of the documents to validation. If there is
-                    only one document, its last 5% are for validation.
+                    (also BabiStories' traindataset.txt and valdataset.txt) has one document a line: a string, or an
+                    object with a string under "text" or "story". If the names of all files begin or end with train or
+                    val, they tell the split. Otherwise a hash of its name sends 5% of the documents to validation. If
+                    there is only one document, its last 5% are for validation.
 
 Tokenizers (all are tiktoken Encodings)
     gpt2            GPT-2's 50,257 tokens.
