@@ -895,21 +895,14 @@ def test_kernels_build(arch, name):
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: text to tokens to batches
 
+patched = functools.partial(mock.patch.multiple, data)  # data.py with other values of some of its names
+
+
 @contextlib.contextmanager
-def folder():
+def folder(**text):
+    """-> the path of a temporary folder, which has these files under text/"""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as path:
-        yield Path(path)
-
-
-@contextlib.contextmanager
-def patched(**values):
-    """data.py with other values of some of its names"""
-    old = {name: getattr(data, name) for name in values}
-    vars(data).update(values)
-    try:
-        yield
-    finally:
-        vars(data).update(old)
+        yield put(Path(path), **{"text__" + name: content for name, content in text.items()})
 
 
 def fails(function, *words):
@@ -927,9 +920,8 @@ def put(root, **files):
 
 def story(seed, n):
     """About n characters of words, the same for the same seed."""
-    rng = np.random.default_rng(seed)
     words = ["the", "a", "memory", "of", "model", "state", "reads", "writes", "häuser", "x_1", "42", "\n"]
-    return " ".join(words[i] for i in rng.integers(0, len(words), n // 4 + 1))[:n]
+    return " ".join(words[i] for i in np.random.default_rng(seed).integers(0, len(words), n // 4 + 1))[:n]
 
 
 def load_text(path, tokenizer="byte"):
@@ -939,14 +931,14 @@ def load_text(path, tokenizer="byte"):
 @contextlib.contextmanager
 def small_corpus(tokenizer="byte"):
     """-> (path, the corpus of 60 stories in path/text, its cache being path/cache)"""
-    with folder() as path:
-        put(path / "text", **{f"f{i}_txt": story(i, 20 + 37 * i) for i in range(60)})
+    with folder(**{f"f{i}_txt": story(i, 20 + 37 * i) for i in range(60)}) as path:
         yield path, load_text(path, tokenizer)
 
 
-def decoded(corpus, split):
-    """The text of a split, <|endoftext|> before each document"""
-    return corpus.encoding.decode(np.concatenate(corpus.parts[split]).tolist())
+def decoded(corpus, *splits):
+    """The text of some splits or of all, <|endoftext|> before each document"""
+    parts = [part for split in splits or ("train", "val") for part in corpus.parts[split]]
+    return corpus.encoding.decode(np.concatenate(parts).tolist())
 
 
 def count_documents(corpus):
@@ -956,56 +948,44 @@ def count_documents(corpus):
 @contextlib.contextmanager
 def server(files, drop=(), etag=None, ranges=True, redirect=False):
     """Serves files; the first len(drop) answers stop after drop[i] bytes.  Yields (base url, log of Range headers)."""
-    log, drops = [], list(drop)
+    log, drops, told = [], list(drop), {"X-Linked-ETag": f'"{etag}"'} if etag else {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.strip("/").split("/")[-1]
-            if redirect and not self.path.startswith("/real"):
-                self.send_response(302)
-                self.send_header("Location", "/real/" + name)
-                self.send_header("X-Linked-ETag", f'"{etag}"')
-                self.end_headers()
-                return
-            log.append(self.headers.get("Range"))
-            if name not in files:
-                self.send_error(404)
-                return
-            body, begin = files[name], 0
-            if ranges and self.headers.get("Range"):
-                begin = int(self.headers["Range"].split("=")[1].split("-")[0])
-                if begin >= len(body):
-                    self.send_error(416)
-                    return
-            self.send_response(206 if begin else 200)
-            self.send_header("Content-Length", str(len(body) - begin))
-            if etag and not redirect:
-                self.send_header("X-Linked-ETag", f'"{etag}"')
+        log_message = lambda *_: None
+
+        def answer(self, status, headers):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, str(value))
             self.end_headers()
-            body = body[begin:]
-            if drops:
-                body = body[:drops.pop(0)]
-                self.close_connection = True
-            self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
+        def do_GET(self):
+            name, wanted = self.path.split("/")[-1], self.headers.get("Range")
+            if redirect and not self.path.startswith("/real"):
+                return self.answer(302, {"Location": "/real/" + name, **told})
+            log.append(wanted)
+            begin = int(re.search(r"\d+", wanted)[0]) if ranges and wanted else 0
+            if name not in files or begin >= len(files[name]):
+                return self.send_error(416 if name in files else 404)
+            body = files[name][begin:]
+            self.answer(206 if begin else 200, {"Content-Length": len(body), **({} if redirect else told)})
+            self.wfile.write(body[:drops.pop(0)] if drops else body)    # and the connection ends, as in HTTP/1.0
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
-    thread.start()
-    try:
-        with patched(RETRY_SECONDS=0.001):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd, patched(RETRY_SECONDS=0.001):
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+        try:
             yield f"http://127.0.0.1:{httpd.server_port}/", log
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
+        finally:
+            httpd.shutdown()
 
 
 # ----------------------------------------------------------------------------------------------------- download
-
 BODY = np.random.default_rng(0).bytes(300_000)
 BODY_SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def fetched(url, path, sha256=None):
+    return data.download(url + "a.bin", path / "a.bin", sha256, quiet=True).read_bytes()
 
 
 def test_download_completes_and_resumes():
@@ -1016,35 +996,28 @@ def test_download_completes_and_resumes():
              (b"x" * 400_000, dict(), ["bytes=400000-", None])]                 # 416: it is longer than the file
     for part, options, ranges in cases:
         with folder() as path, server({"a.bin": BODY}, **options) as (url, log):
-            if part:
-                put(path, sub__a_bin_part=part)
-            data.download(url + "a.bin", path / "sub/a.bin", quiet=True)
-            assert (path / "sub/a.bin").read_bytes() == BODY and log == ranges, log
+            put(path, **{"sub__a_bin_part": part} if part else {})
+            assert fetched(url, path / "sub") == BODY and log == ranges, log
             assert os.listdir(path / "sub") == ["a.bin"]
 
 
-def test_download_refuses_a_wrong_hash_and_leaves_nothing():
-    wrong = "0" * 64
+def test_download_that_cannot_succeed_says_so():
+    wrong = "0" * 64                                                    # and of a wrong file nothing is left
     for options, sha256 in ((dict(etag=wrong), None), (dict(etag=wrong, redirect=True), None), (dict(), wrong)):
         with folder() as path, server({"a.bin": BODY}, **options) as (url, _):
-            fails(lambda: data.download(url + "a.bin", path / "a.bin", sha256, quiet=True), "a.bin", wrong, BODY_SHA256)
+            fails(lambda: fetched(url, path, sha256), "a.bin", wrong, BODY_SHA256)
             assert os.listdir(path) == []
-
-
-def test_download_that_cannot_succeed_says_so():
-    with folder() as path:
-        with server({"a.bin": BODY}, drop=[10] * 50) as (url, log):
-            fails(lambda: data.download(url + "a.bin", path / "a.bin", quiet=True), "a.bin", "run again", path)
-            assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
+    with folder() as path, patched(RETRY_SECONDS=0.001):
         with server({}) as (url, log):
-            fails(lambda: data.download(url + "b.bin", path / "b.bin", quiet=True), "404")
+            fails(lambda: fetched(url, path), "404")
             assert len(log) == 1                                        # that is not tried again
-        with patched(RETRY_SECONDS=0.001):                              # the server is gone
-            fails(lambda: data.download(url + "b.bin", path / "b.bin", quiet=True), "b.bin", "refused")
+        fails(lambda: fetched(url, path), "a.bin", "refused")           # the server is gone
+        with server({"a.bin": BODY}, drop=[10] * 50) as (url, log):
+            fails(lambda: fetched(url, path), "a.bin", "run again", path)
+            assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
 
 
 # ----------------------------------------------------------------------------------------------------- fineweb-edu
-
 def gpt2_sized():
     """An Encoding of GPT-2's size and name, which needs no download: the bytes, and pairs of bytes."""
     tokens = [bytes([i]) for i in range(256)] + [bytes([i % 256, i // 256]) for i in range(50_000)]
@@ -1069,9 +1042,7 @@ def fineweb(*shards):
 
 def test_fineweb_shards():
     gpt2 = gpt2_sized()
-    stream = []
-    for i in range(150):
-        stream += [50256] + gpt2.encode_ordinary(story(i, 30 + 11 * i))
+    stream = [token for i in range(150) for token in [50256, *gpt2.encode_ordinary(story(i, 30 + 11 * i))]]
     third = len(stream) // 3                                            # shards cut documents in two
     val, train = stream[:third], stream[third:]
     with fineweb(shard(val), shard(train[:third]), shard(train[third:])) as path:
@@ -1100,9 +1071,7 @@ def test_a_bad_shard_is_named():
 
 
 # ----------------------------------------------------------------------------------------------------- other corpora
-
 def test_tinystories_shakespeare_and_simplewiki_from_a_server():
-    from unittest import mock
     stories = [story(i, 200) for i in range(30)]
     files = {"TinyStoriesV2-GPT4-train.txt": "\n<|endoftext|>\n".join(stories).encode(),
              "TinyStoriesV2-GPT4-valid.txt": "\n<|endoftext|>\n".join(stories[:5]).encode() + b"\n<|endoftext|>\n",
@@ -1142,7 +1111,7 @@ def test_python_docs_are_the_topics_and_no_part_of_python():
     with folder() as path:
         corpus = data.load("python-docs", "byte", path / "a", quiet=True)
         assert corpus.sha256 == data.load("python-docs", "byte", path / "b", quiet=True).sha256
-    texts = [text for split in ("train", "val") for text in decoded(corpus, split).split("<|endoftext|>")[1:]]
+    texts = decoded(corpus).split("<|endoftext|>")[1:]
     assert sorted(texts) == sorted(topics.values()) and len(texts) == len(topics) > 60
     sizes = [int(corpus.token_bytes[np.concatenate(corpus.parts[s]).astype(int)].sum()) for s in ("train", "val")]
     assert sum(sizes) == sum(len(text.encode()) for text in topics.values()) > 300_000
@@ -1158,22 +1127,18 @@ def test_python_docs_are_the_topics_and_no_part_of_python():
 
 def test_jsonl_and_named_splits_and_babistories():
     docs = [story(i, 300) for i in range(40)]
-    with folder() as path:
-        put(path / "text", a_jsonl="\n".join(json.dumps({"text": d}) for d in docs[:20]) + "\n",
-            b_jsonl="\n".join(json.dumps({"story": d}) for d in docs[20:]) + "\n\n")
-        corpus = load_text(path)
-        assert sorted((decoded(corpus, "train") + decoded(corpus, "val")).split("<|endoftext|>")[1:]) == sorted(docs)
-        bad = put(path / "bad", c_jsonl='{"text": "fine"}\n{"txt": 1}\n')
-        fails(lambda: data.load(str(bad / "c.jsonl"), "byte", path / "cache"), "line 2", "c.jsonl", "txt")
+    with folder(a_jsonl="\n".join(json.dumps({"text": d}) for d in docs[:20]) + "\n",
+                b_jsonl="\n".join(json.dumps({"story": d}) for d in docs[20:]) + "\n\n") as path:
+        assert sorted(decoded(load_text(path)).split("<|endoftext|>")[1:]) == sorted(docs)
+        put(path, c_jsonl='{"text": "fine"}\n{"txt": 1}\n')
+        fails(lambda: data.load(str(path / "c.jsonl"), "byte", path / "cache"), "line 2", "c.jsonl", "txt")
     for names in (("traindataset_txt", "valdataset_txt"), ("train1_jsonl", "stories-validation_jsonl")):
-        with folder() as path:
-            lines = ["\n".join(map(json.dumps, part)) for part in (docs[:30], docs[30:])]
-            put(path / "text", **dict(zip(names, lines)))
+        lines = ["\n".join(map(json.dumps, part)) for part in (docs[:30], docs[30:])]
+        with folder(**dict(zip(names, lines))) as path:
             assert count_documents(load_text(path)) == [30, 10]
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
-
 def test_bad_datasets_and_tokenizers_are_one_line():
     with folder() as path:
         put(path, zero_txt=b"", blank_txt="\n \n", short_txt=story(0, 900)), os.makedirs(path / "nothing")
@@ -1186,58 +1151,47 @@ def test_bad_datasets_and_tokenizers_are_one_line():
                 (short, "bpe:4096@nowhere", "nowhere"), (short, "bpe:4096", "too small", "4096")):
             refused(data.main, [f"--dataset={dataset}", f"--tokenizer={tokenizer}", f"--cache={path}/cache"], *words)
         refused(data.main, [f"--dataset={short}", f"--cache={short}/cache"], "short.txt")
-        for argv, *words in ((["--datset=python"], "--datset=python", "did you mean --dataset?"),
-                             (["--dataset"], "--dataset", "expected"), (["python"], "python", "--help")):
-            refused(data.main, argv, *words)
+        refused(data.main, ["--datset=python"], "--datset=python", "did you mean --dataset?")
+        refused(data.main, ["--dataset"], "--dataset", "expected")
+        refused(data.main, ["python"], "python", "--help")
         corpus = data.load(str(short), "byte", path / "cache")
         fails(lambda: corpus.batch(0, 2, 2000, seed=1), "train", 2001)
         fails(lambda: next(corpus.eval_batches(512, 2)), "val", 513)
         fails(lambda: corpus.batch(0, 3, 16, seed=1, rank=0, world=2), "2 ranks")
 
 
-def test_the_command_line():
-    with folder() as path:
-        put(path, a_txt=story(0, 9000))
-        status, out, err = call(data.main, f"--dataset={path}/a.txt", f"--cache={path}/cache")
-        assert status == 0 and "sha256" in out and "bytes a token" in out and "<|endoftext|>" in out
-        assert call(data.main, "--help")[0] == 0
-
-
-def test_bytes_that_are_not_utf8_are_counted():
+def test_the_command_line_counts_bytes_that_are_not_utf8():
+    assert call(data.main, "--help")[0] == 0
     assert data.decode("naïve".encode()) == ("naïve", 0)
     assert data.decode(b"ab\xff\xfe\xe4\xb8cd") == ("ab" + "\ufffd" * 4 + "cd", 4)
-    with folder() as path:
-        text = b"caf\xe9 au lait, na\xefve\n"                            # latin-1
-        put(path / "text", a_txt=text * 30, b_txt="café\n".encode() * 30, c_txt=b"x" * 99)
+    latin = b"caf\xe9 au lait, na\xefve\n"
+    with folder(a_txt=latin * 30, b_txt="café\n" * 30, c_txt="x" * 99) as path:
         for _ in range(2):                                              # from the text, and from the cache
-            _, out, _ = call(data.main, f"--dataset={path}/text", f"--cache={path}/cache")
-            assert "60 bytes in 1 documents" in out, out
-        corpus = load_text(path)
-        both = decoded(corpus, "train") + decoded(corpus, "val")
+            status, out, _ = call(data.main, f"--dataset={path}/text", f"--cache={path}/cache")
+            assert status == 0 and "60 bytes in 1 documents" in out, out
+            assert "sha256" in out and "bytes a token" in out and "<|endoftext|>" in out, out
+        both = decoded(load_text(path))
         assert both.count("\ufffd") == 60 and both.count("é") == 30
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
-
 def naive_bpe(words, n_tokens):
     """The definition: count all pairs of all words anew for each merge."""
     tokens = [bytes([i]) for i in range(256)]
-    spelling = [([b for b in word.encode()], n) for word, n in words.items()]
+    spelling = [(list(word.encode()), n) for word, n in words.items()]
     while len(tokens) < n_tokens:
         count = Counter()
         for ids, n in spelling:
             for pair in zip(ids, ids[1:]):
                 count[pair] += n
         best = max(count, key=lambda pair: (count[pair], -pair[0], -pair[1]))
-        merged = tokens[best[0]] + tokens[best[1]]
-        new = tokens.index(merged) if merged in tokens else len(tokens)
-        tokens += [merged] if new == len(tokens) else []
         for ids, _ in spelling:
             at = 0
             while at < len(ids) - 1:
                 if (ids[at], ids[at + 1]) == best:
-                    ids[at:at + 2] = [new]
+                    ids[at:at + 2] = [len(tokens)]
                 at += 1
+        tokens.append(tokens[best[0]] + tokens[best[1]])
     return tokens
 
 
@@ -1273,38 +1227,26 @@ def test_tokenizers_round_trip_and_bytes_add_up():
 
 
 def test_a_long_unbroken_run_does_not_hang():
-    with folder() as path:
-        put(path / "text", a_txt="ab" * 60_000 + "\n" * 60_000 + story(0, 20_000), b_txt=story(1, 5000), c_txt=story(2, 900))
-        corpus = load_text(path, "bpe:280")
-        both = decoded(corpus, "train") + decoded(corpus, "val")
-        assert both.count("ab" * 60_000 + "\n" * 60_000) == 1
-
-    class Recorder:                                                     # what tiktoken gets to see at once
-        n_vocab, longest = 280, 0
-
-        def encode_to_numpy(self, text, disallowed_special):
-            self.longest = max(self.longest, len(text))
-            return np.zeros(1, np.uint32)
-
+    run = "ab" * 60_000 + "\n" * 60_000
+    with folder(a_txt=run + story(0, 20_000), b_txt=story(1, 5000), c_txt=story(2, 900)) as path:
+        assert decoded(load_text(path, "bpe:280")).count(run) == 1
     for text, limit in (("ab" * 5000, 2048), ("\n" * 5000, 2048), ("ab " * 5000, 15000)):
-        recorder = Recorder()
-        data.encode(recorder, text)
-        assert recorder.longest == limit
+        sizes = []                                                      # of what tiktoken gets to see at once
+        record = lambda part, disallowed_special: sizes.append(len(part)) or np.zeros(1, np.uint32)
+        data.encode(SimpleNamespace(n_vocab=280, encode_to_numpy=record), text)
+        assert max(sizes) == limit
 
 
 def test_bpe_is_trained_on_training_text_and_of_another_corpus():
-    with folder() as path:
-        put(path / "text", train_txt="alpha beta gamma " * 200, val_txt="zebra " * 300)
+    with folder(train_txt="alpha beta gamma " * 200, val_txt="zebra " * 300) as path:
         put(path / "other", a_txt="zebra " * 300, b_txt="zebra zoo " * 300)
         mine, others = load_text(path, "bpe:262"), load_text(path, f"bpe:262@{path}/other")
         spelled = [b"".join(c.encoding.decode_single_token_bytes(i) for i in range(256, 261)) for c in (mine, others)]
-        assert b"z" not in spelled[0] and b"z" in spelled[1]
-        assert mine.sha256 != others.sha256
+        assert b"z" not in spelled[0] and b"z" in spelled[1] and mine.sha256 != others.sha256
         assert len(list((path / "cache").glob("*.tiktoken"))) == 2
 
 
 # ----------------------------------------------------------------------------------------------------- cache
-
 def test_a_damaged_cache_is_made_again():
     for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"), ("*/meta.json", lambda b: b[:9]),
                             ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
@@ -1317,26 +1259,20 @@ def test_a_damaged_cache_is_made_again():
             check_rows(again, "train", 100)
 
 
-def test_the_cache_is_used_and_follows_the_files():
+def test_the_cache_is_used_and_follows_the_files_even_after_a_kill():
     with small_corpus() as (path, first):
+        parts = lambda: list((path / "cache").glob("*.part"))
         with patched(tokenize=None):                                    # a call would fail
             assert load_text(path).sha256 == first.sha256
         put(path / "text", f3_txt="changed " * 20)
-        second = load_text(path)
-        put(path / "text", f3_txt="charged " * 20)                      # as long, but later
-        third = load_text(path)
-        assert len({first.sha256, second.sha256, third.sha256}) == 3
-        assert not list((path / "cache").glob("*.part"))
-
-
-def test_a_killed_preparation_leaves_nothing_that_is_used():
-    with folder() as path:
-        put(path / "text", a_txt=story(0, 4000))
-        with patched(add_file=None):                                    # tokens are written, meta.json is not
+        with patched(add_file=None):                                    # killed: tokens are written, meta.json is not
             raises(TypeError, lambda: load_text(path))
-        assert list((path / "cache").glob("*.part"))
-        check_rows(load_text(path), "train", 64)
-        assert not list((path / "cache").glob("*.part"))
+        assert parts()
+        second = load_text(path)
+        assert not parts()
+        check_rows(second, "train", 64)
+        put(path / "text", f3_txt="charged " * 20)                      # as long, but later
+        assert len({first.sha256, second.sha256, load_text(path).sha256}) == 3 and not parts()
 
 
 def test_two_processes_prepare_the_same_data_at_once():
@@ -1346,51 +1282,45 @@ def test_two_processes_prepare_the_same_data_at_once():
             "data.tokenize = slow\n"
             "print(data.load(sys.argv[2], 'bpe:280', sys.argv[3], quiet=True).sha256)")
     with small_corpus() as (path, _):
-        command = [sys.executable, "-c", code, os.path.dirname(data.__file__), path / "text", path / "new"]
+        command = [sys.executable, "-c", code, ROOT, path / "text", path / "new"]
         both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         lines = [process.communicate()[0].split() for process in both]
-        assert [process.returncode for process in both] == [0, 0]
-        assert len({out[-1] for out in lines}) == 1
+        assert [process.returncode for process in both] == [0, 0] and lines[0][-1] == lines[1][-1]
         if data.fcntl:
             assert sum(out.count("tokenized") for out in lines) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- rows
-
 def check_rows(corpus, split, seq_len, stream=None):
     """The promises of the packing, checked on one split."""
-    row, eos, plan = seq_len + 1, corpus.eos, corpus.plan(split, seq_len)
+    row, eos, plan, n = seq_len + 1, corpus.eos, corpus.plan(split, seq_len), corpus.n_rows(seq_len, split)
     stream = np.concatenate(corpus.parts[split]) if stream is None else np.array(stream)
-    n = corpus.n_rows(seq_len, split)
     out, position = corpus.rows(split, seq_len, range(n))
     assert out.shape == position.shape == (n, row)
     assert (out[:, 0] == eos).all() and (position[:, 0] == 0).all()
     assert ((out == eos) == (position == 0)).all()                      # no padding, no stray <|endoftext|>
     assert (plan.length.reshape(-1) >= 1).all() and plan.length.sum() == n * row
     used, true_end = np.zeros(len(stream), int), np.append(stream[1:] == eos, True)
-    bases = corpus.bases[split].tolist()
     for i in range(n):
         at = 0
         for k in range(plan.first[i], plan.first[i + 1]):
             start, size = int(plan.start[k]), int(plan.length[k])
-            assert out[i, at + 1:at + size].tolist() == stream[start:start + size - 1].tolist()
-            used[start:start + size - 1] += 1
-            at += size
-            if at < row:                                                # inside a row a piece ends where its document does
-                assert true_end[start + size - 2] or start + size - 1 in bases
+            end = start + size - 1
+            assert out[i, at + 1:at + size].tolist() == stream[start:end].tolist()
+            used[start:end] += 1
+            at += size                                                  # inside a row a piece ends where its document does
+            assert at == row or true_end[end - 1] or end in corpus.bases[split].tolist()
         assert at == row
-    text = stream != eos
-    assert used[~text].sum() == 0 and used.max() <= 1                   # nothing twice ...
-    lost = (used[text] == 0).sum()
+    assert used[stream == eos].sum() == 0 and used.max() <= 1           # nothing twice ...
+    lost = (used[stream != eos] == 0).sum()
     assert lost < row, lost                                             # ... and less than a row is dropped
 
 
 def test_rows_keep_their_promises():
     for tokenizer in ("byte", "bpe:300"):
         with small_corpus(tokenizer) as (_, corpus):
-            for seq_len in (2, 7, 64, 1000):
-                check_rows(corpus, "train", seq_len)
-            check_rows(corpus, "val", 30)
+            for split, seq_len in (("train", 2), ("train", 7), ("train", 64), ("train", 1000), ("val", 30)):
+                check_rows(corpus, split, seq_len)
 
 
 def test_packing_prefers_whole_documents():
@@ -1410,19 +1340,6 @@ def test_packing_prefers_whole_documents():
     assert cut < 0.05 * len(plan.first), cut                            # few rows need one
 
 
-def test_doc_pos_counts_the_tokens_before_the_target():
-    with small_corpus() as (_, corpus):
-        for x, y, doc_pos in corpus.eval_batches(50, 4):
-            assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape
-            assert (x[:, 1:] == y[:, :-1]).all()
-            for b in range(len(x)):
-                before = 1                                              # x starts with <|endoftext|>
-                for t in range(50):
-                    before = 0 if y[b, t] == corpus.eos else before
-                    assert doc_pos[b, t] == before
-                    before += 1
-
-
 def test_eval_rows_are_the_same_for_everyone():
     with small_corpus() as (path, corpus):
         other = load_text(path)
@@ -1434,33 +1351,31 @@ def test_eval_rows_are_the_same_for_everyone():
         some = list(corpus.eval_batches(32, 4, max_tokens=6 * 32))
         assert [len(x) for x, *_ in some] == [4, 2] and torch.equal(some[0][0], first[0][0])
         assert sum(len(x) for x, *_ in corpus.eval_batches(32, 4, max_tokens=64, split="train")) == 2
+        for x, y, doc_pos in corpus.eval_batches(50, 4):                # it counts the tokens before the target
+            assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape == (len(x), 50)
+            assert (x[:, 1:] == y[:, :-1]).all()
+            before = F.pad(doc_pos, (1, 0))[:, :-1] + 1                 # x starts with <|endoftext|>
+            assert torch.equal(doc_pos, before.where(y != corpus.eos, 0))
 
 
-def test_batches_are_pure_seeded_and_shared_by_the_ranks():
+def test_batches_are_pure_seeded_shared_by_the_ranks_and_every_row_once_an_epoch():
     with small_corpus() as (path, corpus):
-        fresh = load_text(path)
-    wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(60)]
+        fresh, n = load_text(path), corpus.n_rows(40)
+        every = corpus.rows("train", 40, range(n))[0].tolist()
+    assert n % 8                                                        # so that batches lie across epochs
+    wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(2 * n // 8 + 1)]
     for step in (59, 0, 31, 31, 7):                                     # in any order, from a new process' view
         assert all(torch.equal(a, b) for a, b in zip(fresh.batch(step, 8, 40, seed=3), wanted[step]))
-    x, y = wanted[0]
-    assert x.shape == y.shape == (8, 40) and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
-    assert (x[:, 0] == corpus.eos).all() and (x[:, 1:] == y[:, :-1]).all()
-    assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], x)
+    for x, y in wanted:
+        assert x.shape == y.shape == (8, 40) and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert (x[:, 0] == corpus.eos).all() and (x[:, 1:] == y[:, :-1]).all()
+    assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], wanted[0][0])
     for world, step in itertools.product((1, 2, 4), (0, 5, 40)):
         shares = [fresh.batch(step, 8, 40, seed=3, rank=rank, world=world) for rank in range(world)]
         assert all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*shares), wanted[step]))
-
-
-def test_every_epoch_is_every_row_once_in_another_order():
-    with small_corpus() as (_, corpus):
-        n, rows = corpus.n_rows(40), 7
-        assert n % rows                                                 # so that batches lie across epochs
-        batches = [corpus.batch(step, rows, 40, seed=1) for step in range(2 * n // rows + 1)]
-        seen = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in batches])
-        every = corpus.rows("train", 40, range(n))[0].tolist()
-    first, second = seen[:n].tolist(), seen[n:2 * n].tolist()
-    assert sorted(first) == sorted(second) == sorted(every)
-    assert first != second
+    seen = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in wanted]).tolist()
+    first, second = seen[:n], seen[n:2 * n]
+    assert sorted(first) == sorted(second) == sorted(every) and first != second
 
 
 # ----------------------------------------------------------------------------------------------------------------------
