@@ -1106,6 +1106,14 @@ def test_python_corpus_takes_py_files_only_and_splits_by_file():
     assert (roots["stdlib/"] / "os.py").exists() and (roots["numpy/"] / "__init__.py").exists()
 
 
+def test_of_even_a_few_documents_each_split_has_one():
+    with folder(**{f"f{i}_txt": story(i, 90) for i in range(3)}) as path:
+        for val_fraction in (0.0, 1.0):  # the draws send all to training, or all to validation
+            files = data.path_text(path / "text").files
+            is_val = data.Text("few", files, val_fraction).survey.is_val
+            assert is_val.sum() == (1 if val_fraction == 0 else 2), (val_fraction, is_val)
+
+
 def test_python_docs_are_the_topics_and_no_part_of_python():
     from pydoc_data.topics import topics
     with folder() as path:
