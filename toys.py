@@ -187,7 +187,7 @@ class Length(Toy):
         settings = dict(n_layer=self.n_layer, n_embd=self.n_embd, n_head=self.n_head, pos=self.pos, window="L",
                         max_seq_len=self.T, vocab_size=vocabulary, short_window=self.window, rmt_segment=self.window)
         settings.update(LENGTH_MODELS[self.model])
-        return LocalConfig(**settings)
+        return Config(**settings)
 
     def name_begins(self) -> dict:
         """The settings whose bare values begin a run's name."""
@@ -250,16 +250,6 @@ for memory in MEMORIES:
         LENGTH_MODELS[memory] = dict(memory=memory)
         REGBENCH_MODELS[memory] = dict(memory=memory)
 LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
-
-
-class LocalConfig(Config):
-    """Here S is a short window in the last layer too: what lies outside it can be reached through the memory alone."""
-
-    def window_of(self, layer: int) -> int | None:
-        """Tokens that attention layer `layer` sees, itself included; None for all of the past."""
-        if self.window[layer % len(self.window)] == "S":
-            return self.local_window
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
