@@ -481,8 +481,8 @@ def all_runs(cells) -> list[RunRecord]:
 def owner(key: str) -> str | None:
     """The memory that alone reads this setting; None for a setting that every run reads.
 
-    model.unused_options has the same rule for the settings of today. This one also reads the settings of old files and
-    of memory-bench, and is here because model.py imports torch.
+    model.unused_options has the same rule for the settings of today. This one is here because model.py imports torch,
+    and also meets the settings of other versions and of memory-bench.
     """
     if key == "expand_v":
         return "deltanet"
@@ -843,15 +843,15 @@ def score_table(cells) -> str:
     rows = []
     for c in cells:
         # the standard deviation over seeds needs two of them
-        score = f"{c.mean():.5f}"
+        bpb = f"{c.mean():.5f}"
         if len(c.runs) > 1:
-            score += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
+            bpb += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
 
         costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
         minutes = c.costs("minutes")
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
-        rows.append([c.T, c.label, len(c.runs), score, *costs.values()])
+        rows.append([c.T, c.label, len(c.runs), bpb, *costs.values()])
     return table(head, rows, left=2)
 
 
@@ -932,7 +932,7 @@ def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
 def position_curves(cells) -> Iterator[PositionCurves]:
     """The curves of every memory that has a local and a global baseline, for the seeds that all three have.
 
-    Curves compare only if they were measured on the same tokens: a seed whose `measured_on` differ is left out.
+    Curves compare only if they were measured on the same tokens: a seed whose three curves were not is left out.
     """
     for c in cells:
         local = baseline(c, cells, "local")
@@ -1065,8 +1065,8 @@ def matched_rows(cells, cost: str) -> list[list]:
     rows = []
     for c in logged:
         values = there[c.label]
-        score = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
-        row = [c.T, f"{human(budget)} {cost_name}", c.label, len(values), score, None, None]
+        bpb_there = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
+        row = [c.T, f"{human(budget)} {cost_name}", c.label, len(values), bpb_there, None, None]
         against = baseline(c, logged, "local", "global")
         if against is not None and against is not c:
             p = paired(values, there[against.label])
@@ -1202,9 +1202,9 @@ def figure_position(cells):
 def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
     """One panel of figure_pareto; returns label -> what the legend shows for it."""
     # a condition far above the best one is named in the title, and the axis stops below it
-    scores = [bpb for _, bpb in f.points]
-    low = min(scores)
-    above = [bpb - low for bpb in scores if bpb > low]
+    means = [bpb for _, bpb in f.points]
+    low = min(means)
+    above = [bpb - low for bpb in means if bpb > low]
     far = low + (reach(above) if above else 0.0)
     seen = []
     title = [f"T = {f.T}"]

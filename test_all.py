@@ -2830,6 +2830,8 @@ def test_condition_has_one_name_and_one_look():
     assert " ".join(bases) == "local global local rmt rmt rmt-0 rmt-0 ttt knn deltanet mosaic persistent persistent rmt"
     looks = {name: tuple(analyze.look(name).values()) for name in [*bases, "anything"]}
     assert len(set(looks.values())) == len(looks) == 10 and looks["rmt"] == tuple(analyze.look("rmt@1 S").values())
+    lines = [style["linestyle"] for style in analyze.distinct_looks(["ttt", "ttt", "rmt", "ttt"])]
+    assert lines == ["solid", "dashed", "solid", "dashdot"]
     assert set(analyze.LOOKS) == set(analyze.CONDITIONS) and set(MEMORIES) - {"none"} <= set(analyze.LOOKS)
 
 
