@@ -2856,15 +2856,15 @@ def rows_of(table):
 
 def test_condition_has_one_name_and_one_look():
     names = ("memory", "window", "memory_layers", "rmt_tokens")
-    cases = {(): "local", ("none", "L"): "global", ("none", "SL"): "local SL", ("rmt",): "rmt", ("rmt", "L"): "rmt L",
+    cases = {(): "local", ("none", "L"): "global", ("none", "S"): "floor", ("none", "SL"): "window SL", ("rmt",): "rmt", ("rmt", "L"): "rmt L",
              ("rmt", "SSSL", "all", 0): "rmt-0", ("rmt", "SL", "all", 0): "rmt-0 SL", ("ttt", "L"): "ttt",
              ("knn", "S", "all", 0): "knn", ("deltanet", "SSSL", "1+3"): "deltanet@1+3", ("mosaic", "S", "1"): "mosaic@1 S",
              ("persistent", "L"): "persistent L", ("persistent-32",): "persistent-32", ("rmt-m16-s512",): "rmt-m16-s512"}
     assert {case: analyze.condition(dict(zip(names, case))) for case in cases} == cases
     bases = [analyze.base_name(name) for name in cases.values()]
-    assert " ".join(bases) == "local global local rmt rmt rmt-0 rmt-0 ttt knn deltanet mosaic persistent persistent rmt"
+    assert " ".join(bases) == "local global floor window rmt rmt rmt-0 rmt-0 ttt knn deltanet mosaic persistent persistent rmt"
     looks = {name: tuple(analyze.look(name).values()) for name in [*bases, "anything"]}
-    assert len(set(looks.values())) == len(looks) == 10 and looks["rmt"] == tuple(analyze.look("rmt@1 S").values())
+    assert len(set(looks.values())) == len(looks) == 12 and looks["rmt"] == tuple(analyze.look("rmt@1 S").values())
     lines = [style["linestyle"] for style in analyze.distinct_looks(["ttt", "ttt", "rmt", "ttt"])]
     assert lines == ["solid", "dashed", "solid", "dashdot"]
     assert set(analyze.LOOKS) == set(analyze.CONDITIONS) and set(MEMORIES) - {"none"} <= set(analyze.LOOKS)
@@ -2915,7 +2915,7 @@ def test_holm():
     runs = [result(m, w, seed, bpb + noise[seed, i]) for i, (m, w, bpb) in enumerate(conditions) for seed in range(6)]
     rows = rows_of(analyze.mechanism_table(cells_of(*runs)[0]))
     assert len(rows) == 5
-    for column in (5, 6):
+    for column in (6, 7):
         raw, adjusted = zip(*(map(float, row[column].strip(")").split(" (")) for row in rows))
         assert np.allclose(analyze.holm(raw), adjusted, rtol=0.02), (column, rows)
 
@@ -3008,7 +3008,7 @@ def test_cells_pairs_and_repeats():
     assert [(c.label, sorted(c.runs)) for c in cells] == [("local", [1, 2, 3]), ("global", [2, 3, 4, 5])]
     assert cells[0].runs[2].bpb == 1.02 and len(repeats) == 1 and "520.00 mBPB" in repeats[0]
     assert analyze.paired(cells[0].bpb(), cells[1].bpb()).seeds == [2, 3]
-    assert rows_of(analyze.mechanism_table(cells)) == [["512", "global", "local", "2", analyze.NOT_ENOUGH, "-", "-"]]
+    assert rows_of(analyze.mechanism_table(cells)) == [["512", "global", "local", "2", analyze.NOT_ENOUGH, "-", "-", "-"]]
 
 
 def test_mixed_cell_is_an_error():
@@ -3062,12 +3062,50 @@ def test_position_deficit_gain_closure():
     (c, positions, L, M, F), = analyze.position_curves(cells)
     assert c.label == "ttt" and L.shape == M.shape == F.shape == (5, 8) and positions == list(range(0, 512, 64))
     (row,) = rows_of(analyze.position_table(cells))
-    D, G, share = (float(x.split(" ")[0]) for x in row[3:6])
-    assert row[2] == "5" and abs(D - 100) < 0.2 and abs(G - 50) < 0.2 and share == 0.5, row
+    D, G = (float(x.split(" ")[0]) for x in row[3:5])
+    assert row[2] == "5" and abs(D - 100) < 0.2 and abs(G - 50) < 0.2, row
     runs[2] = result("ttt", seed=1, curve=[1.0] * 8)                     # measured on other tokens: doesn't compare
     runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)
     (_, _, L, M, F), = analyze.position_curves(cells_of(*runs)[0])
     assert L.shape == (4, 8)
+
+
+def test_won_back():
+    """Floor 1.2, ceiling 1.0. In the second half of a row a memory in layers 1 and 3 wins back a quarter, full attention in
+    the same layers a half; in the first half nobody has anything to win. SSSL is a condition among others."""
+    levels = {("none", "S", "all"): 1.2, ("none", "L", "all"): 1.0, ("none", "SSSL", "all"): 1.05, ("none", "SL", "all"): 1.1,
+              ("ttt", "S", "1+3"): 1.15}
+    rng, runs = np.random.default_rng(0), []
+    for T, seed in itertools.product((512, 1024), range(3)):
+        for (memory, window, layers), level in levels.items():
+            half = T // 128
+            curve = np.array([1.0] * half + [level] * half) + rng.normal(0, 1e-5, 2 * half)
+            runs.append(result(memory, window, seed, curve.mean(), T, curve, config=dict(memory_layers=layers, n_layer=4)))
+    cells, _ = cells_of(*runs)
+    rows = {row[1]: row for row in rows_of(analyze.won_back_table(cells)) if row[0] == "1024"}
+    closures = {name: row[4].split("%")[0] for name, row in rows.items()}
+    assert closures == {"local": "75", "window SL": "50", "ttt@1+3 S": "25"}
+    ttt = rows["ttt@1+3 S"]
+    assert ttt[3].startswith("+25.0") and ttt[5:8] == ["undefined"] * 3 and ttt[8].startswith("25% [2")
+    compared = [tuple(row[1:3]) for row in rows_of(analyze.mechanism_table(cells)) if row[0] == "512"]
+    assert compared == [("local", "floor"), ("local", "global"), ("global", "floor"), ("ttt@1+3 S", "floor"),
+                        ("ttt@1+3 S", "global"), ("ttt@1+3 S", "window SL"), ("window SL", "floor"), ("window SL", "global")]
+    lengths = {row[0]: row[1:] for row in rows_of(analyze.length_table(cells))}
+    assert len(lengths) == 5 + 1 + 3 and lengths["floor"][0].startswith("1.1000 ±")
+    assert all(text.startswith("+100.0") for text in lengths["deficit: floor − global, mBPB"])
+    assert [text[:3] for text in lengths["closure of ttt@1+3 S"]] == ["25%"] * 2
+    assert analyze.length_table([c for c in cells if c.T == 512]) == ""
+
+
+def test_detectable_difference():
+    """A difference of that size, drawn again and again with the same scatter, is significant in 80% of the draws."""
+    diffs = [0.3, -0.5, 0.1, 0.2]
+    delta, scatter = analyze.detectable(diffs), np.std(diffs, ddof=1)
+    draws = np.random.default_rng(0).normal(delta, scatter, (20_000, 4))
+    assert abs((stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() - 0.8) < 0.01
+    rows = rows_of(analyze.mechanism_table(cells_of(*(result(m, seed=i, bpb=1 + d * (m == "ttt")) for i, d in enumerate(diffs)
+                                                      for m in ("none", "ttt")))[0]))
+    assert rows[0][5] == f"{1000 * delta:.1f}"
 
 
 def test_broken_files_are_named_skipped_and_counted():
