@@ -2723,7 +2723,7 @@ def test_toys_bad_flags_are_one_line():
 def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_layer_too():
     for name, settings in toys.LENGTH_MODELS.items():
         assert analyze.condition(settings).split()[0] == name
-    assert [toys.Length(model="local").architecture().window_of(i) for i in range(2)] == [16, 16]
+    assert [toys.Length(model="floor").architecture().window_of(i) for i in range(2)] == [16, 16]
     assert toys.Length(model="global").architecture().window_of(1) is None
     changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]
     settings, shared = toys.grouped(toys.Moons, [dict(config=vars(replace(cfg, T=300))) for cfg in changed + changed[:1]])
@@ -2735,7 +2735,7 @@ def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_
     with tempfile.TemporaryDirectory() as out:
         flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=2",
                  f"--out_dir={out}"]
-        assert [(c.model, c.seed) for c in toys.plan(flags)] == [("local", 1), ("local", 2), ("deltanet", 1), ("deltanet", 2)]
+        assert [(c.model, c.seed) for c in toys.plan(flags)] == [("floor", 1), ("floor", 2), ("deltanet", 1), ("deltanet", 2)]
         done = subprocess.run([sys.executable, toys.__file__, *flags], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "4/4  recall-" in done.stdout and "[recall-" not in done.stdout.split("4/4")[1] and "skipped" not in done.stdout
@@ -2746,7 +2746,7 @@ def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_
         assert status == 0 and "3 of 4 runs are finished already" in text, err
         assert json.loads(made[0].read_text())["accuracy"] == results[0]["accuracy"]  # a function of the settings alone
         assert Path(out, "recall.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "local 0." in text
+    assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "floor 0." in text
     r = results[0]
     assert len(made) == 4 and made[0].parent.name == r["name"] and (r["toy"], r["config"]["model"], r["seed"]) == ("length", "deltanet", 1)
     assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])

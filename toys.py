@@ -2,7 +2,7 @@ r"""Three toys that show what the memories do: minutes on a laptop, with picture
 
     python toys.py                                  all three, small: what was seen beside what the papers say
     python toys.py moons --seeds=20                 three moons (Memory Mosaics, section 3): figures 4, 5 and 6
-    python toys.py recall --model=local,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
+    python toys.py recall --model=floor,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
     python toys.py regbench --automata=100,1000     random automata: figure 11 and table 4
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
@@ -160,10 +160,10 @@ class Moons(Toy):
 class Length(Toy):
     """Brackets, copy, repeat and recall: a model is trained on short sequences and tested on longer ones."""
     task: str = option("recall", "brackets, copy, repeat or recall", "toy")
-    model: str = option("local", "local (attention to a window), global (to all of the past), rmt-0 (rmt without "
+    model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), or a memory", "toy")
     T: int = option(64, "training length; tests are 1, 2, 4 and 8 times as long", "toy", low=32)
-    window: int = option(16, "tokens in the window of local, persistent and knn, and in rmt's segment", "toy", low=1)
+    window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
@@ -245,7 +245,7 @@ def check_known(name: str, value: str, known) -> None:
 
 # Names of models -> settings of their Config: attention to compare with, then every memory. The names of the length
 # toys are the conditions of analyze.py, so that a model has one name and one colour everywhere.
-LENGTH_MODELS = {"local": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
+LENGTH_MODELS = {"floor": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
 REGBENCH_MODELS = {"rope": dict(pos="rope"), "learned": dict(pos="learned"), "none": dict(pos="none")}
 for memory in MEMORIES:
     if memory != "none":
@@ -1234,7 +1234,7 @@ for task in TASKS:
 COMMANDS["regbench"] = (RegBench, dict(model="rope,mosaic"))
 
 # What `python toys.py` runs: toys, and the flags that keep them small
-SHORT = {"moons": [], "recall": ["--model=local,global,deltanet,mosaic"], "regbench": []}
+SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": []}
 
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
