@@ -1744,6 +1744,26 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number):
         signal.signal(number, handler)
 
 
+@each(function=["update", "evaluate_bpb", "save_checkpoint"])
+def test_a_signal_in_the_last_step_stops_a_sweep(function):
+    original, handler = getattr(train, function), signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def told_to_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    try:
+        with workplace() as (folder, base):
+            flags = [*base, "--steps=1", "--seed=1,2", "--memory=none"]
+            with mock.patch.object(train, function, told_to_stop):
+                status, out, err = call(train.main, *flags)
+            assert status == 128 + signal.SIGTERM and "same command" in out and not err, (status, out, err)
+            assert len(os.listdir("runs")) == 1  # the second seed was not begun
+            assert "from step 1" in runs_well(*flags) and len(list(Path("runs").glob("*/result.json"))) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_damaged_checkpoint_falls_back_to_the_previous_one():
     def truncate(path):
         path.write_bytes(path.read_bytes()[:1000])
