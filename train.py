@@ -10,7 +10,7 @@ the checkpoint before it, loss.png. The same command continues an interrupted ru
 the dropout of a step depend on (seed, step, rank) alone, and the log is cut back to the checkpoint.
 
 Glossary
-    step               one update of the weights by batch_size rows of max_seq_len tokens, summed over all ranks
+    step               one update of the weights by batch_size rows (those of all ranks) of max_seq_len tokens
     rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
     bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes
     MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
@@ -198,7 +198,8 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
     and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
     and at the end. describe(record, batch) returns more numbers for every record.
 
-    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM (with `out` only).
+    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM, be it in the last step (with
+    `out` only).
     """
     device = pick_device(cfg)
     model.to(device).train()
@@ -264,7 +265,7 @@ def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: i
 
 
 def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
-    """The model as `fit` calls it: compiled if cfg says so; if there are several ranks, they average their gradients."""
+    """The model as `fit` calls it: compiled if cfg says so, and on several ranks made to average their gradients."""
     runner = torch.compile(model) if compiles(cfg) else model
     if world() == 1:
         return runner
@@ -687,7 +688,7 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     """
     device = pick_device(cfg)
     T = cfg.max_seq_len
-    # So many rows at once: as many as a forward pass in training has, so that the memory suffices.
+    # As many rows at once as in a forward pass of the training, so that the memory suffices.
     rows = cfg.batch_size // world()
     rows = min(cfg.device_batch_size or rows, rows)
 
@@ -716,20 +717,13 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     sums = all_reduce(sums, device)
 
     # Neighbouring positions together, then everything together.
-    in_buckets = sum_buckets(sums, bucket)
-    nats, size, targets = in_buckets.sum(-1).tolist()
+    buckets = F.pad(sums, (0, -T % bucket)).view(3, -1, bucket).sum(-1)
+    nats, size, targets = buckets.sum(-1).tolist()
     if not size:
         raise UserError(f"{corpus.name}: the validation part has no text to measure; give a larger corpus")
-    by_position = dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=in_buckets[0].tolist(),
-                       bytes=in_buckets[1].tolist(), bpb=[bits_per_byte(n, b) for n, b, _ in in_buckets.T.tolist()])
+    by_position = dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=buckets[0].tolist(),
+                       bytes=buckets[1].tolist(), bpb=[bits_per_byte(n, b) for n, b, _ in buckets.T.tolist()])
     return dict(val_bpb=bits_per_byte(nats, size), val_loss=nats / targets, bpb_by_position=by_position)
-
-
-def sum_buckets(sums: Tensor, bucket: int) -> Tensor:
-    """Sums by position (n,T) -> (n, ceil(T / bucket)): of `bucket` neighbours each; the last may have fewer."""
-    T = sums.size(1)
-    padded = F.pad(sums, (0, -T % bucket))
-    return padded.view(len(sums), -1, bucket).sum(-1)
 
 
 def bits_per_byte(nats: float, size: float) -> float | None:
@@ -823,7 +817,7 @@ def plot_losses(history: list[dict], path: Path) -> None:
     import analyze
     steps = [r["step"] for r in history]
     losses = [r["bpb"] for r in history]
-    # each record together with the 19 before it, or as many as there are
+    # Each step together with the 19 before it, or with as many as there are.
     smooth = [mean(losses[max(i - 19, 0):i + 1]) for i in range(len(losses))]
     measured = [r for r in history if "val_bpb" in r]
 
@@ -968,7 +962,7 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
 
 
 def check_diverged(names: list[str], total: int) -> None:
-    """Raises UserError if any of a sweep's runs diverged; it is called when the results of the others have been told."""
+    """Raises UserError if runs of a sweep diverged. To be called last, after the results of the others were shown."""
     if names:
         raise UserError(f"{len(names)} of {total} runs diverged: {', '.join(names)}; try a lower --lr")
 
@@ -1256,7 +1250,7 @@ def main(argv: list[str] | None = None) -> int:
             start_processes(configs[0])
         results, diverged = run_all(configs, train, headline)
         if len(configs) > 1 and results:
-            # the settings that the table need not name: the seeds stand together, `condition` tells the others
+            # A column for each setting that was swept, but the seeds stand together, and `condition` tells the others.
             in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
             swept = [f.name for f in fields(RunConfig) if f.name not in in_condition
                      and len({getattr(cfg, f.name) for cfg in configs}) > 1]
