@@ -804,12 +804,14 @@ def measure_costs(model: GPT, corpus, cfg: RunConfig, history: list[dict]) -> di
     without = count_params(replace(config, memory="none", memory_layers="all"))
     with autocast(cfg):
         _, filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))
-    curve = [{key: r[key] for key in ("step", "seconds", "tokens", "val_bpb")} for r in history if "val_bpb" in r]
+    keys = ("step", "seconds", "tokens", "val_bpb")
+    curve = [{key: r[key] for key in keys} for r in history if "val_bpb" in r]
+    peaks = peak_memory_mib(device)  # before the sample, which is no part of the costs
+    sample = sample_text(model, corpus, cfg, device) if cfg.sample_tokens else ""
     return dict(train_tokens=cfg.steps * cfg.batch_size * cfg.max_seq_len, total_params=total,
                 memory_params=total - without, flops_per_token=model.flops_per_token(cfg.max_seq_len),
                 state_bytes=state_bytes(filled), total_time_min=history[-1]["seconds"] / 60,
-                tokens_per_second=tokens_per_second(cfg, history), **peak_memory_mib(device),
-                sample=sample_text(model, corpus, cfg, device) if cfg.sample_tokens else "", curve=curve)
+                tokens_per_second=tokens_per_second(cfg, history), **peaks, sample=sample, curve=curve)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
@@ -955,7 +957,8 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
         else:
             results[cfg.folder] = outcome
             text = headline(outcome)
-        left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+        minutes_a_run = (time.perf_counter() - start) / 60 / done
+        left = minutes_a_run * (len(todo) - done)
         if len(todo) > 1:
             say(f"{done}/{len(todo)}  {cfg.name}: {text}  (about {left:.1f} minutes left)")
     return [results[cfg.folder] for cfg in configs if cfg.folder in results], diverged
@@ -1230,13 +1233,14 @@ def note_unused(configs: list[RunConfig]) -> None:
 
 def start_processes(cfg: RunConfig) -> None:
     """Joins the processes that torchrun started."""
+    # Hours, because in a barrier the ranks wait for the one that downloads and tokenises the data.
+    timeout = timedelta(hours=4)
     device = pick_device(cfg)
-    on_cuda = device.type == "cuda"
-    if on_cuda:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Hours, because the ranks wait here for those that download and tokenise the data.
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None,
-                            timeout=timedelta(hours=4))
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1252,8 +1256,11 @@ def main(argv: list[str] | None = None) -> int:
         if len(configs) > 1 and results:
             # A column for each setting that was swept, but the seeds stand together, and `condition` tells the others.
             in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
-            swept = [f.name for f in fields(RunConfig) if f.name not in in_condition
-                     and len({getattr(cfg, f.name) for cfg in configs}) > 1]
+            swept = []
+            for f in fields(RunConfig):
+                values = {getattr(cfg, f.name) for cfg in configs}
+                if len(values) > 1 and f.name not in in_condition:
+                    swept.append(f.name)
             say(sweep_table(results, swept))
         check_diverged(diverged, len(configs))
     except Stopped as e:
