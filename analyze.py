@@ -4,7 +4,7 @@
 
 Reading order
     names        what a condition is called, how it is drawn, how a table is printed; the other scripts use these too
-    reading      result files -> Run; a file that can't be read is named, skipped and counted
+    reading      result files -> RunRecord; a file that can't be read is named, skipped and counted
     cells        all runs of one condition, one per seed; a cell that mixes configurations is an error
     statistics   paired t test, exact sign-flip test, Holm's correction, closure, gain and deficit, Pareto frontier
     tables       the tables of REPORT.md
@@ -68,14 +68,15 @@ COSTS = {
 
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
-# A setting that begins with the name of one of these memories is read by that memory alone.
+# A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
-# So are these, whose names don't tell.
-OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
 
 
 class UserError(Exception):
-    """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2."""
+    """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2.
+
+    data.py has its own, since it imports torch.
+    """
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,8 @@ LOOKS = {
     "mosaic": dict(color="#56B4E9", marker="p"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
+# Curves of one colour are told apart by their lines, in this order.
+LINES = ("solid", "dashed", "dashdot", "dotted")
 # What the names mean, for the reader of a report.
 CONDITIONS = {
     "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
@@ -120,7 +123,7 @@ def attention_name(window: str) -> str:
 
 
 def sees_pattern(settings: dict) -> bool:
-    """Does any layer of this run attend as the window pattern says?"""
+    """Does any layer of this run attend as the window pattern says? Layers without the memory always do."""
     return settings.get("memory") not in NO_PATTERN or settings.get("memory_layers", "all") != "all"
 
 
@@ -163,11 +166,21 @@ def look(name: str) -> dict:
     return dict(LOOKS.get(base_name(name), OTHER_LOOK))
 
 
-def cell_text(cell) -> str:
+def distinct_looks(names: list[str]) -> list[dict]:
+    """The look of each name, and a line style: names that stand here several times have a different one each time."""
+    drawn = Counter()
+    looks = []
+    for name in names:
+        looks.append(dict(look(name), linestyle=LINES[drawn[name] % len(LINES)]))
+        drawn[name] += 1
+    return looks
+
+
+def entry_text(entry) -> str:
     """How a table shows a value."""
-    if cell is None:
+    if entry is None:
         return "-"
-    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    return f"{entry:.4f}" if isinstance(entry, float) else str(entry)
 
 
 def table(head: list[str], rows: list[list], left: int = 1) -> str:
@@ -178,10 +191,10 @@ def table(head: list[str], rows: list[list], left: int = 1) -> str:
     """
     if not rows:
         return ""
-    # column by column, since a column's cells have one width
+    # column by column, since a column's entries have one width
     columns = []
-    for i, cells in enumerate(zip(head, *rows, strict=True)):
-        texts = [cell_text(cell) for cell in cells]
+    for i, entries in enumerate(zip(head, *rows, strict=True)):
+        texts = [entry_text(entry) for entry in entries]
         # a line of dashes below the title; Markdown takes a colon at its end for "aligned to the right"
         width = max(3, *map(len, texts))
         if i < left:
@@ -205,7 +218,10 @@ def panels(rows: int, cols: int, size: tuple, **more):
 
 
 def picture(figure) -> bytes:
-    """The figure as a PNG. The figure is closed, so that matplotlib does not keep it."""
+    """The figure as a PNG, which every script writes as it writes its other files.
+
+    The figure is closed, so that matplotlib does not keep it.
+    """
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
@@ -216,7 +232,7 @@ def picture(figure) -> bytes:
 # Reading. A file that can't be used raises ValueError with the reason; read_all collects these.
 
 @dataclass
-class Run:
+class RunRecord:
     """One training run, as its result file tells of it."""
     path: str
     preset: str
@@ -233,7 +249,7 @@ class Run:
     recombined: float | None  # bpb of all buckets together: it has to be `bpb` again
     costs: dict               # minutes, flops, state_bytes, ...; what was not recorded is absent
     log: list                 # the evaluations during training: {step, seconds, tokens, val_bpb}
-    config: dict              # every setting that has to agree inside a cell
+    config: dict              # its settings, and what else has to agree inside a cell; see `relevant`
 
 
 def finite(x) -> bool:
@@ -298,20 +314,20 @@ def read_costs(content: dict) -> dict:
     return costs
 
 
-def is_result(path: Path, content) -> bool:
-    """Is this the result of a training run? A toy's result and other JSON files are not."""
-    if isinstance(content, dict) and "toy" in content:
+def is_toy(content) -> bool:
+    """Is this the result of a toy?"""
+    return isinstance(content, dict) and "toy" in content
+
+
+def is_result(content) -> bool:
+    """Is this the result of a training run, complete or not? A toy's result and other JSON files are not."""
+    if not isinstance(content, dict) or is_toy(content):
         return False
-    if isinstance(content, dict) and content.keys() & {"memory", "mechanism", "val_bpb"}:
-        return True
-    # memory-bench's files have any name, ours this one
-    if path.name == "result.json":
-        raise ValueError("holds none of memory, mechanism, val_bpb")
-    return False
+    return not content.keys().isdisjoint({"memory", "mechanism", "val_bpb"})
 
 
 def expect(name: str, value, kind: type) -> None:
-    """A ValueError that names the entry of the file, unless its value is of this kind."""
+    """Raises ValueError if the value of the file's entry `name` is not of this kind."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
 
@@ -336,13 +352,16 @@ def read_settings(content: dict) -> dict:
     return settings
 
 
-def read_run(path: Path) -> Run | None:
-    """One file -> Run; None if it is no result; ValueError if it is broken or partial."""
+def read_run(path: Path) -> RunRecord | None:
+    """One file -> RunRecord; None if it is no result; ValueError if it is broken or partial."""
     # eval.py's file lies beside the result.json of the run that it measured, so the run is not missed
     if path.name.startswith("eval_"):
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not is_result(path, content):
+    if not is_result(content):
+        # a training run's result has this name; only memory-bench's files, and what is no result, have others
+        if path.name == "result.json" and not is_toy(content):
+            raise ValueError("holds none of memory, mechanism, val_bpb")
         return None
 
     # these have another name in memory-bench's schema, or may be missing
@@ -365,11 +384,12 @@ def read_run(path: Path) -> Run | None:
 
     settings = read_settings(content)
     # inside a cell the whole config has to agree, and these: the data, and what was built and trained
-    agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step device".split()
-    measured = {key: content[key] for key in agree if key in content}
+    agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step".split()
+    # the device may differ, see EXECUTION; it is read for the report, since the config may say no more than "auto"
+    recorded = {key: content[key] for key in (*agree, "device") if key in content}
 
     curve, bucket_bytes, recombined = read_curve(by_position) if by_position else ({}, [], None)
-    return Run(
+    return RunRecord(
         path=str(path),
         preset=str(settings.get("preset") or ""),
         dataset=str(settings.get("dataset") or ""),
@@ -385,11 +405,11 @@ def read_run(path: Path) -> Run | None:
         recombined=recombined,
         costs=read_costs(content),
         log=[entry for entry in log if isinstance(entry, dict) and finite(entry.get("val_bpb"))],
-        config=config | measured,
+        config=config | recorded,
     )
 
 
-def read_all(folders) -> tuple[list[Run], list[str], list[str]]:
+def read_all(folders) -> tuple[list[RunRecord], list[str], list[str]]:
     """Every *.json below the folders -> runs, skipped files (with the reason), files that are no results."""
     runs = []
     skipped = []
@@ -432,8 +452,8 @@ class Cell:
     study: tuple              # (preset, dataset): only cells of one study are compared
     T: int
     label: str                # the condition, and the settings named by --by; unique within (study, T)
-    one: Run                  # the first run that was read: what all of them share is read here
-    runs: dict = field(default_factory=dict)  # seed -> Run
+    one: RunRecord            # the first run that was read: what all of them share is read here
+    runs: dict = field(default_factory=dict)  # seed -> RunRecord
 
     @property
     def base(self) -> str:
@@ -453,18 +473,24 @@ class Cell:
         return [run.costs[name] for run in self.runs.values() if name in run.costs]
 
 
-def all_runs(cells) -> list[Run]:
+def all_runs(cells) -> list[RunRecord]:
     """The runs of all these cells."""
     return [run for c in cells for run in c.runs.values()]
 
 
 def owner(key: str) -> str | None:
-    """The memory that alone reads this setting; None for a setting that every run reads."""
-    name = OWNER.get(key, key.split("_")[0])
+    """The memory that alone reads this setting; None for a setting that every run reads.
+
+    model.unused_options has the same rule for the settings of today. This one is here because model.py imports torch,
+    and also meets the settings of other versions and of memory-bench.
+    """
+    if key == "expand_v":
+        return "deltanet"
+    name = key.split("_")[0]
     return name if name in OWNERS else None
 
 
-def relevant(key: str, run: Run) -> bool:
+def relevant(key: str, run: RunRecord) -> bool:
     """Does this setting change what the run computes?"""
     if key in EXECUTION or key.endswith("_every"):
         return False
@@ -474,17 +500,18 @@ def relevant(key: str, run: Run) -> bool:
     return memory is None or run.memory.startswith(memory)
 
 
-def differing(a: Run, b: Run) -> dict:
+def differing(a: RunRecord, b: RunRecord) -> dict:
     """key -> the two values, for every setting that matters to either run and isn't the same in both."""
     different = {}
     for key in sorted(a.config | b.config):
-        pair = a.config.get(key, "not recorded"), b.config.get(key, "not recorded")
-        if pair[0] != pair[1] and (relevant(key, a) or relevant(key, b)):
-            different[key] = pair
+        of_a = a.config.get(key, "not recorded")
+        of_b = b.config.get(key, "not recorded")
+        if of_a != of_b and (relevant(key, a) or relevant(key, b)):
+            different[key] = (of_a, of_b)
     return different
 
 
-def cell_label(run: Run, by) -> str:
+def cell_label(run: RunRecord, by) -> str:
     """The run's condition, and those settings named by --by that matter to it: "ttt n_layer=4"."""
     words = [run.condition]
     for key in by:
@@ -493,8 +520,8 @@ def cell_label(run: Run, by) -> str:
     return " ".join(words)
 
 
-def check_same(cell: Cell, run: Run) -> None:
-    """A UserError if the run was configured otherwise than the runs of this cell."""
+def refuse_mixture(cell: Cell, run: RunRecord) -> None:
+    """Raises UserError if the run was configured otherwise than the runs of this cell."""
     different = differing(cell.one, run)
     if different:
         values = [f"{key} is {a!r} in the first, {b!r} in the second" for key, (a, b) in different.items()]
@@ -503,7 +530,7 @@ def check_same(cell: Cell, run: Run) -> None:
                         f"--by={','.join(different)}")
 
 
-def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
+def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
     """Runs -> cells, and a line about every run that was left out because its seed was there already.
 
     Of several files of one seed the first that was read is kept, and never the better one: to choose
@@ -520,7 +547,7 @@ def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
         study = (run.preset, run.dataset)
         label = cell_label(run, by)
         cell = cells.setdefault((study, run.T, label), Cell(study, run.T, label, one=run))
-        check_same(cell, run)
+        refuse_mixture(cell, run)
         kept = cell.runs.setdefault(run.seed, run)
         if kept is not run:
             apart = abs(kept.bpb - run.bpb) * 1000
@@ -625,16 +652,15 @@ def paired(a: dict, b: dict) -> Paired:
     """a - b over the seeds that both have. a, b: seed -> value."""
     seeds = sorted(a.keys() & b.keys())
     diffs = [a[seed] - b[seed] for seed in seeds]
-    result = Paired(seeds, diffs)
     if len(seeds) < MIN_SEEDS:
-        return result
+        return Paired(seeds, diffs)
 
-    result.mean, result.lo, result.hi = t_interval(diffs)
-    result.p_flip = sign_flip(diffs)
     # equal differences have no spread that t could divide by
+    p_t = math.nan
     if np.ptp(diffs) > 1e-15:
-        result.p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue)
-    return result
+        p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue)
+    mean, lo, hi = t_interval(diffs)
+    return Paired(seeds, diffs, mean, lo, hi, p_t, p_flip=sign_flip(diffs))
 
 
 def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | str:
@@ -672,6 +698,15 @@ def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | st
     ratio = float(G.sum() / D.sum())
     return ratio, ratio - half, ratio + half
 
+
+# Does a memory gain where the window costs? The next functions correlate two quantities over positions. Each is an
+# array (n,P) of n seeds and P positions, in bpb:
+#
+#     G = local - memory      the gain: what the memory wins there
+#     D = local - global      the deficit: what the window costs there
+#
+# Both hold the runs of local, whose noise alone makes r about 0.5 (Pearson 1897). Hence two more answers beside r:
+# `noise_correlations`, which r has to exceed, and `split_correlation`, where G and D have no noise in common.
 
 def corr(x, y) -> float:
     """Pearson's correlation r; NaN where one of the two is constant."""
@@ -715,15 +750,9 @@ def split_correlation(G, D) -> float:
 
 
 def gain_deficit(local, memory, full) -> tuple[float, list, float]:
-    """Does a memory gain where the window costs? The correlation over positions of its gain and the deficit.
+    """r of G and D (means over the seeds), its values for noise alone, and r of split seeds.
 
-    Three curves of bpb by position, (n,P) each: n seeds, P positions.
-
-        G = local - memory        D = local - full
-
-    Both hold `local`, so its noise alone makes r about 0.5 (Pearson 1897). Hence two more answers
-    beside r: `noise_correlations`, which r has to exceed, and `split_correlation`, where G and D have
-    no noise in common.
+    local, memory, full: the curves of local, the memory and global, bpb by position, (n,P) each.
     """
     G = np.subtract(local, memory)
     D = np.subtract(local, full)
@@ -742,23 +771,24 @@ def pareto(points) -> list[int]:
     return best
 
 
-def log_curve(run: Run, cost: str) -> tuple[np.ndarray, np.ndarray]:
+def log_curve(run: RunRecord, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """The evaluations during training, in order: what had been spent (`minutes` or `flops`), and bpb."""
-    key = "tokens"
-    unit = run.costs.get("flops_per_token", 0)
+    # the log counts tokens, which cost FLOPs, and seconds, which are 1/60 minute each
+    counted = "tokens"
+    cost_of_one = run.costs.get("flops_per_token", 0)
     if cost == "minutes":
-        key = "seconds"
-        unit = 1 / 60
+        counted = "seconds"
+        cost_of_one = 1 / 60
 
     points = []
     for entry in run.log:
-        if finite(entry.get(key)) and entry[key] * unit > 0:
-            points.append((entry[key] * unit, entry["val_bpb"]))
+        if finite(entry.get(counted)) and entry[counted] * cost_of_one > 0:
+            points.append((entry[counted] * cost_of_one, entry["val_bpb"]))
     points = np.array(sorted(points)).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
-def at_budget(run: Run, cost: str, budget: float) -> float:
+def at_budget(run: RunRecord, cost: str, budget: float) -> float:
     """bpb once `budget` was spent, linear in log(cost) between two evaluations; NaN outside of them."""
     spent, bpb = log_curve(run, cost)
     if len(spent) == 0:
@@ -813,15 +843,15 @@ def score_table(cells) -> str:
     rows = []
     for c in cells:
         # the standard deviation over seeds needs two of them
-        score = f"{c.mean():.5f}"
+        bpb = f"{c.mean():.5f}"
         if len(c.runs) > 1:
-            score += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
+            bpb += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
 
         costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
         minutes = c.costs("minutes")
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
-        rows.append([c.T, c.label, len(c.runs), score, *costs.values()])
+        rows.append([c.T, c.label, len(c.runs), bpb, *costs.values()])
     return table(head, rows, left=2)
 
 
@@ -859,8 +889,8 @@ def other_differences(comparison: Comparison) -> list[str]:
 def mechanism_table(cells) -> str:
     """Every paired difference with its two tests. All tests of one kind are one family for Holm's correction."""
     family = comparisons(cells)
-    adjusted_t = holm([c.pairs.p_t for c in family])
-    adjusted_flip = holm([c.pairs.p_flip for c in family])
+    adjusted_t = holm([pairs.p_t for _, _, pairs in family])
+    adjusted_flip = holm([pairs.p_flip for _, _, pairs in family])
 
     rows = []
     notes = {}
@@ -889,7 +919,7 @@ class PositionCurves(NamedTuple):
     full: np.ndarray
 
 
-def grid(run: Run) -> tuple[list, list]:
+def measured_on(run: RunRecord) -> tuple[list, list]:
     """What the run's curve was measured on: the positions, and the bytes in each of their buckets."""
     return list(run.curve), run.bucket_bytes
 
@@ -902,7 +932,7 @@ def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
 def position_curves(cells) -> Iterator[PositionCurves]:
     """The curves of every memory that has a local and a global baseline, for the seeds that all three have.
 
-    Curves compare only if they were measured on the same tokens: a seed with another `grid` is left out.
+    Curves compare only if they were measured on the same tokens: a seed whose three curves were not is left out.
     """
     for c in cells:
         local = baseline(c, cells, "local")
@@ -910,22 +940,23 @@ def position_curves(cells) -> Iterator[PositionCurves]:
         if c.one.memory == "none" or local is None or full is None:
             continue
         shared = sorted(local.runs.keys() & c.runs.keys() & full.runs.keys())
-        grids = [grid(local.runs[seed]) for seed in shared if local.runs[seed].curve]
-        if not grids:
+        measured = [measured_on(local.runs[seed]) for seed in shared if local.runs[seed].curve]
+        if not measured:
             continue
 
-        seeds = []
-        for seed in shared:
-            if grids[0] == grid(local.runs[seed]) == grid(c.runs[seed]) == grid(full.runs[seed]):
-                seeds.append(seed)
+        # the first seed that has a curve says where all have to be measured
+        first = measured[0]
+        trio = (local, c, full)
+        seeds = [seed for seed in shared if all(measured_on(cell.runs[seed]) == first for cell in trio)]
         if seeds:
-            curves = [stacked_curves(cell, seeds) for cell in (local, c, full)]
-            yield PositionCurves(c, grids[0][0], *curves)
+            positions, _ = first
+            curves = [stacked_curves(cell, seeds) for cell in trio]
+            yield PositionCurves(c, positions, *curves)
 
 
 def recombination(cells) -> str:
     """A sentence: is bpb of all position buckets together the bpb of the run, as it has to be?"""
-    def error(run: Run) -> float:
+    def error(run: RunRecord) -> float:
         return abs(run.recombined - run.bpb)
 
     runs = [run for run in all_runs(cells) if run.curve]
@@ -955,13 +986,15 @@ def position_table(cells) -> str:
         G = (local - memory).sum(1)
         scale = 1000 / len(positions)
 
-        share = closure(G, D)
+        won_back = closure(G, D)
+        if not isinstance(won_back, str):
+            won_back = interval(*won_back, scale=1)
         r, noise, split = gain_deficit(local, memory, full)
         rows.append([
             c.T, c.label, n,
             interval(*t_interval(D), scale),
             interval(*t_interval(G), scale),
-            share if isinstance(share, str) else interval(*share, scale=1),
+            won_back,
             f"{r:.2f}",
             f"{np.mean(noise):.2f}, highest of {len(noise)}: {max(noise):.2f}",
             f"{split:.2f}",
@@ -1028,12 +1061,12 @@ def matched_rows(cells, cost: str) -> list[list]:
         there[c.label] = {seed: bpb for seed, bpb in values.items() if not math.isnan(bpb)}
 
     # differences from local, or from global where local has no log
-    unit = "FLOPs" if cost == "flops" else cost
+    cost_name = "FLOPs" if cost == "flops" else cost
     rows = []
     for c in logged:
         values = there[c.label]
-        score = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
-        row = [c.T, f"{human(budget)} {unit}", c.label, len(values), score, None, None]
+        bpb_there = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
+        row = [c.T, f"{human(budget)} {cost_name}", c.label, len(values), bpb_there, None, None]
         against = baseline(c, logged, "local", "global")
         if against is not None and against is not c:
             p = paired(values, there[against.label])
@@ -1061,10 +1094,13 @@ def reach(values) -> float:
     return min(largest, 5 * typical) if typical > 0 else largest
 
 
-def draw_difference(ax, y: float, c: Comparison, far: float, ends: tuple) -> None:
-    """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`."""
-    style = look(c.cell.label)
-    mean = 1000 * float(np.mean(c.pairs.diffs))
+def draw_difference(ax, y: float, cell: Cell, pairs: Paired, far: float, ends: tuple) -> None:
+    """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`.
+
+    far, and ends, where the axis begins and ends, are in mBPB.
+    """
+    style = look(cell.label)
+    mean = 1000 * float(np.mean(pairs.diffs))
     if abs(mean) > far:
         left, right = ends
         if mean > 0:
@@ -1074,10 +1110,10 @@ def draw_difference(ax, y: float, c: Comparison, far: float, ends: tuple) -> Non
         return
 
     # in mBPB: the seeds, then the interval as a bar and the mean as a tick on it
-    diffs = 1000 * np.array(c.pairs.diffs)
+    diffs = 1000 * np.array(pairs.diffs)
     ax.plot(diffs, [y + 0.22] * len(diffs), **style, linestyle="none", ms=6, alpha=0.8, mew=0)
-    if not math.isnan(c.pairs.mean):
-        ax.plot([1000 * c.pairs.lo, 1000 * c.pairs.hi], [y - 0.08] * 2, color=style["color"], lw=2)
+    if not math.isnan(pairs.mean):
+        ax.plot([1000 * pairs.lo, 1000 * pairs.hi], [y - 0.08] * 2, color=style["color"], lw=2)
         ax.plot(mean, y - 0.08, "|", color=style["color"], ms=13, mew=3)
 
 
@@ -1085,33 +1121,35 @@ def figure_differences(cells):
     """Differences from local (or global), paired by seed, with a panel for each length."""
     # one baseline for each condition, so that the rows compare; rmt against rmt-0 besides
     shown = []
-    for c in comparisons(cells):
-        usual = c.against is baseline(c.cell, cells, "local", "global")
-        if c.pairs.seeds and (usual or c.against.base == "rmt-0"):
-            shown.append(c)
+    for comparison in comparisons(cells):
+        cell, against, pairs = comparison
+        is_chosen = against is baseline(cell, cells, "local", "global") or against.base == "rmt-0"
+        if pairs.seeds and is_chosen:
+            shown.append(comparison)
     if not shown:
         return None
 
     # all panels share the axis: it holds everything of the rows whose mean is not an outlier
-    far = 1000 * reach([np.mean(c.pairs.diffs) for c in shown])
-    ends = [0.0]
-    for c in shown:
-        if abs(np.mean(c.pairs.diffs)) * 1000 <= far:
-            ends += [1000 * x for x in (*c.pairs.diffs, c.pairs.lo, c.pairs.hi)]
-    ends = float(np.nanmin(ends)), float(np.nanmax(ends))
+    far = 1000 * reach([np.mean(pairs.diffs) for _, _, pairs in shown])
+    drawn = [0.0]
+    for _, _, pairs in shown:
+        if abs(np.mean(pairs.diffs)) * 1000 <= far:
+            drawn += [1000 * x for x in (*pairs.diffs, pairs.lo, pairs.hi)]
+    ends = float(np.nanmin(drawn)), float(np.nanmax(drawn))
 
-    rows_of = Counter(c.cell.T for c in shown)
+    # a panel is as high as it has rows
+    rows_of = Counter(cell.T for cell, _, _ in shown)
     heights = [0.9 + 0.42 * rows_of[T] for T in sorted(rows_of)]
     figure, axes = panels(len(heights), 1, (8, 0.5 + sum(heights)), sharex=True, height_ratios=heights)
     for ax, T in zip(axes[:, 0], sorted(rows_of)):
-        here = [c for c in shown if c.cell.T == T]
+        here = [comparison for comparison in shown if comparison.cell.T == T]
         usual = here[0].against.label
         names = []
-        for y, c in enumerate(here):
-            draw_difference(ax, y, c, far, ends)
-            name = f"{c.cell.label}, n={len(c.pairs.seeds)}"
-            if c.against.label != usual:
-                name += f"\nagainst {c.against.label}"
+        for y, (cell, against, pairs) in enumerate(here):
+            draw_difference(ax, y, cell, pairs, far, ends)
+            name = f"{cell.label}, n={len(pairs.seeds)}"
+            if against.label != usual:
+                name += f"\nagainst {against.label}"
             names.append(name)
         ax.axvline(0, color="black", lw=1)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
@@ -1121,7 +1159,7 @@ def figure_differences(cells):
     return figure
 
 
-def draw_curve(ax, x, curves, label: str, color: str, linestyle: str) -> None:
+def draw_seeds_and_mean(ax, x, curves, label: str, color: str, linestyle: str) -> None:
     """The seeds' curves (n,P) as points, and their mean as a line."""
     ax.plot(np.tile(x, len(curves)), curves.ravel(), ".", color=color, ms=4, alpha=0.4, mew=0)
     ax.plot(x, curves.mean(0), color=color, linestyle=linestyle, lw=1.6, label=label)
@@ -1143,8 +1181,8 @@ def figure_position(cells):
         gain = 1000 * (local - memory)
         # a bucket is drawn at its middle; the last one ends at T
         middles = np.add(positions, np.diff(positions, append=c.T) / 2)
-        draw_curve(ax, middles, deficit, label="D", color="black", linestyle="--")
-        draw_curve(ax, middles, gain, label="G", color=look(c.label)["color"], linestyle="-")
+        draw_seeds_and_mean(ax, middles, deficit, label="D", color="black", linestyle="dashed")
+        draw_seeds_and_mean(ax, middles, gain, label="G", color=look(c.label)["color"], linestyle="solid")
         ax.axhline(0, color="black", lw=0.6)
 
         # the axis leaves out the most extreme 0.6% of the points; above there is room for the legend
@@ -1164,9 +1202,9 @@ def figure_position(cells):
 def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
     """One panel of figure_pareto; returns label -> what the legend shows for it."""
     # a condition far above the best one is named in the title, and the axis stops below it
-    scores = [bpb for _, bpb in f.points]
-    low = min(scores)
-    above = [bpb - low for bpb in scores if bpb > low]
+    means = [bpb for _, bpb in f.points]
+    low = min(means)
+    above = [bpb - low for bpb in means if bpb > low]
     far = low + (reach(above) if above else 0.0)
     seen = []
     title = [f"T = {f.T}"]
@@ -1179,7 +1217,7 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
             title.append(f"↑ {c.label} {y:.3f}")
         style = look(c.label)
         fill = "white" if c.label in hollow else style["color"]
-        handles[c.label], = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+        [handles[c.label]] = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
         ax.plot([x] * len(seeds), seeds, **style, linestyle="none", ms=4, alpha=0.5, mew=0)
 
     # the frontier goes down in steps: what a budget between two points buys is the cheaper point
@@ -1195,13 +1233,13 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
     ax.xaxis.set_major_formatter(human)
 
     # the way there is drawn last and doesn't move the axis, since it begins far above and far left
-    window = ax.get_xlim()
+    limits = ax.get_xlim()
     if f.cost != "state_bytes":
         for run in all_runs(f.cells):
             spent, bpb = log_curve(run, f.cost)
             ax.plot(spent, bpb, color="gray", lw=0.6, alpha=0.5, zorder=0)
-    pad = 0.08 * (max(seen) - min(seen)) or 1e-3
-    ax.set(xlim=window, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[f.cost])
+    pad = 0.08 * (max(seen) - min(seen)) or 1e-3  # where all are equal the axis needs some height too
+    ax.set(xlim=limits, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[f.cost])
     ax.set_title("\n".join(title), fontsize=10)
     return handles
 

@@ -300,10 +300,10 @@ def test_memories_keep_float32_states():
 
 T = 80
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, max_seq_len=T, short_window=8, knn_capacity=16, knn_topk=4, ttt_chunk=8,
-             rmt_segment=20, rmt_tokens=3, persistent_slots=3, dropout=0.0)
+             rmt_segment=20, rmt_tokens=3, persistent_slots=3, dropout=0.0, window="SL")
 VARIANTS = {name: {k: v for k, v in preset.items() if k not in SMALL} for name, preset in PRESETS.items()}
-VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True), "hybrid": dict(n_layer=3, memory_layers="1"),
-             "lru": dict(knn_evict="lru"), "wide": dict(expand_v=2, value_embeds=True)}
+VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True, token_shift=True), "hybrid": dict(n_layer=3, memory_layers="1"),
+             "lru": dict(knn_evict="lru"), "wide": dict(expand_v=2, value_embeds=True, ttt_backbone="transformer")}
 CUTS = (1, 7, 8, 9, 19, 20, 21, 63, 64, 65, T - 1)  # around windows and mini-batches (8), segments (20), delta chunks (64)
 
 
@@ -374,7 +374,7 @@ def test_knn_lru_forgets_the_same_however_equal_keys_are_read(seed):
 @torch.no_grad()
 def test_influence(memory, layers):
     """An early token reaches the last one, far outside every window and segment, in one call and through a state."""
-    net, idx = small(memory, n_layer=layers, knn_capacity=128, knn_topk=128), tokens()
+    net, idx = small(memory, n_layer=layers, window="SL"[-layers:], knn_capacity=128, knn_topk=128), tokens()
     for t in (0, 30):
         other = changed(idx, t)
         assert error(net(other)[:, -1], net(idx)[:, -1]) > 1e-9, f"token {t} is forgotten"
@@ -384,9 +384,9 @@ def test_influence(memory, layers):
 
 @torch.no_grad()
 def test_influence_fails_without_memory():
-    """The fair baselines forget: segments without memory tokens, and windows without a store."""
-    local = small("none", n_layer=2)
-    local.body.blocks[1].mixer.window = 8
+    """The fair baselines forget: segments without memory tokens, windows without a store, and the floor (--window=S has no
+    layer that sees everything)."""
+    local = small("none", window="S")
     few = small("knn", n_layer=1, knn_capacity=16)              # 8 in the window, at most 16 in the store
     idx = tokens()
     for net, t, reach in ((small("rmt", rmt_tokens=0), 19, 20), (few, 0, 30), (local, 0, 16)):
@@ -408,12 +408,13 @@ def test_purity(memory):
 @each(memory=["none", "persistent", "rmt", "ttt", "deltanet", "knn"])
 @torch.no_grad()
 def test_bounded_state(memory):
-    net, idx = small(memory, pos="rope"), tokens(length=4 * T)
-    sizes = lambda: [state_bytes(net.stream(idx[:, :t])[1]) for t in (2 * T, 3 * T, 4 * T)]
-    if memory in ("none", "persistent"):                        # the last layer sees everything, until it gets a window too
-        assert sizes()[2] > 1.9 * sizes()[0]
-        net.body.blocks[-1].mixer.window = 8
-    assert len(set(sizes())) == 1 and sizes()[0] > 0, sizes()
+    idx = tokens(length=4 * T)
+    sizes = lambda net: [state_bytes(net.stream(idx[:, :t])[1]) for t in (2 * T, 3 * T, 4 * T)]
+    bounded = sizes(small(memory, window="S"))
+    assert len(set(bounded)) == 1 and bounded[0] > 0, bounded
+    if memory in ("none", "persistent"):                        # a layer that sees everything remembers it
+        unbounded = sizes(small(memory, window="SL"))
+        assert unbounded[2] > 1.9 * unbounded[0]
 
 
 @each(memory=MEMORIES, variant=["laptop", "gpt2", "d12"])
@@ -595,22 +596,54 @@ def test_deltanet_layer():
     assert error(layer(x)[0], layer.out(o.flatten(2) * F.silu(layer.output_gate(x)))) < 1e-9
 
 
+@each(backbone=["mamba", "transformer"])
 @torch.no_grad()
-def test_ttt_layer_hands_over_what_is_published():
-    """η = σ(·)/D, s = max(0, 1/i + learned), W_0 and b_0 per head, keys rotated by the position modulo K."""
-    from unittest import mock
-    layer, x = small_layer("ttt"), noise(1, 20, 16)
+def test_ttt_layer(backbone):
+    """The layer's own steps around the recurrence: η = σ(·)/D, s = max(0, 1/i + learned), W_0 and b_0 per head, keys turned by
+    the position modulo K; as published, queries and keys are two convolutions of one projection, and the output is gated."""
+    layer, x = small_layer("ttt", ttt_backbone=backbone), noise(1, 20, 16)
     layer.scale_offset[2] = -9.0
+    layer.b.normal_()
     with mock.patch.object(model, "ttt_linear", wraps=model.ttt_linear) as recurrence:
-        layer(x)
-    q, k, v, lr, s, W, b = recurrence.call_args.args[:7]
-    expected = 1 / torch.arange(1, 9).double()
-    expected[2] = 0
-    assert error(s, expected) < 1e-12 and W.shape == (2, 8, 8) and b.shape == (2, 8)
-    assert error(lr, torch.sigmoid(layer.lr(x)) / 8) < 1e-12
-    raw = layer.k(x).view(1, 20, 2, 8).transpose(1, 2)
-    turned = model.rotary(raw, torch.arange(20) % 8, layer.theta).transpose(1, 2)
-    assert error(k, turned) < 1e-12 and error(k[:, 7], raw[:, :, 7]) > 1e-3
+        y, state = layer(x)
+    if backbone == "mamba":
+        u = F.pad(layer.qk(x), (0, 0, 3, 0)).mT
+        q = F.conv1d(u, layer.conv_q, layer.conv_q_bias, groups=16).mT
+        k = F.conv1d(u, layer.conv_k, layer.conv_k_bias, groups=16).mT
+        gate = F.gelu(layer.output_gate(x), approximate="tanh")
+        assert error(state.tail, layer.qk(x)[:, -3:]) < 1e-12
+    else:
+        q, k, gate = layer.q(x), layer.k(x), 1
+    heads = lambda z: z.view(1, 20, 2, 8)
+    turned = lambda z: model.rotary(heads(z).transpose(1, 2), torch.arange(20) % 8, layer.theta).transpose(1, 2)
+    s = 1 / torch.arange(1, 9).double()
+    s[2] = 0
+    W, b, weight, bias = (p.view(2, 8, -1).squeeze(-1) for p in (layer.W, layer.b, layer.ln_weight, layer.ln_bias))
+    expected = dict(q=turned(q), k=turned(k), v=heads(layer.v(x)), lr=torch.sigmoid(layer.lr(x)) / 8, token_scale=s, W=W, b=b,
+                    ln_weight=weight, ln_bias=bias)
+    for value, (name, expected_value) in zip(recurrence.call_args.args, expected.items()):
+        assert value.shape == expected_value.shape and error(value, expected_value) < 1e-12, name
+    o, _ = ttt_linear(**expected, impl="loop")
+    joined = F.layer_norm(o.flatten(2), (16,), layer.post_norm.weight, layer.post_norm.bias, eps=1e-6)
+    assert error(y, layer.out(gate * joined)) < 1e-10
+
+
+@torch.no_grad()
+def test_token_shift():
+    """x + conv(norm(x)) over four tokens before each mixer: two blocks of one-token windows then see six tokens back, and no
+    further. It starts as if it were not there."""
+    net, idx = small("none", window="S", short_window=1, token_shift=True), tokens()
+    without = small("none", window="S", short_window=1)
+    without.load_state_dict(net.state_dict(), strict=False)
+    assert torch.equal(net(idx), without(idx))
+    for block in net.body.blocks:
+        block.shift.mixture.copy_(noise(16, 1, 4))
+    x = noise(2, 9, 16)
+    shift = net.body.blocks[0].shift
+    mixed = F.conv1d(F.pad(shift.norm(x), (0, 0, 3, 0)).mT, shift.mixture, groups=16).mT
+    assert error(shift(x)[0], x + mixed) < 1e-12
+    moved = (net(changed(idx, 40)) - net(idx)).abs().amax((0, 2))
+    assert moved.nonzero().flatten().tolist() == list(range(40, 47))
 
 
 @torch.no_grad()
@@ -637,7 +670,9 @@ def starts(layers, heads, width):
     return {
         ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
         ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
-        ".conv": stats.uniform(-0.5, 1).cdf,                                            # U(-1,1)/√4, PyTorch's for a width of 4
+        # a convolution of width 4 starts as PyTorch's, U(-1,1)/√4
+        ".conv": stats.uniform(-0.5, 1).cdf, ".conv_q": stats.uniform(-0.5, 1).cdf, ".conv_k": stats.uniform(-0.5, 1).cdf,
+        ".conv_q_bias": stats.uniform(-0.5, 1).cdf, ".conv_k_bias": stats.uniform(-0.5, 1).cdf,
         ".W": gaussian(0.02), ".b": 0, ".scale_offset": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,                  # ttt
         ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
         ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
@@ -2347,7 +2382,7 @@ def test_eval_speed_reports_the_state():
                 assert p["state_bytes"] == state_bytes(state), (name, p)
                 assert p["prefill_tokens_per_second"] > 0 and p["ms_per_token"] > 0 and p["peak_rss_mib"] >= 0
             sizes = [p["state_bytes"] for p in r["points"]]
-            assert (sizes[-1] == sizes[-2]) == (memory in ("rmt", "ttt", "deltanet", "knn")), (name, sizes)
+            assert (sizes[-1] == sizes[-2]) == (memory != "mosaic"), (name, sizes)  # two layers of SSSL have windows
 
 
 # ---------------------------------------------------------------- the command line
@@ -2527,7 +2562,7 @@ def test_toys_metrics_on_a_case_worked_by_hand():
     probs[0, 2], probs[0, 3] = 0.75, 0.25         # legal; TVD ½(½ + ¼ + ¼) = ½
     probs[1, 5] = 1.0                             # not asked
     probs[2, 0], probs[2, 1] = 0.75, 0.25         # illegal; TVD ¾
-    s = toys.score(probs, truth, torch.tensor([0, -1, 1]))
+    s = toys.symbol_scores(probs, truth, torch.tensor([0, -1, 1]))
     assert s == dict(count=2, accuracy=1, tvd=1.25, accuracy_last=0.0, tvd_last=0.75)
     other = dict(count=1, accuracy=1, tvd=0.1, accuracy_last=1.0, tvd_last=0.1)
     assert toys.total([s, other]) == dict(accuracy=2 / 3, tvd=1.35 / 3, accuracy_last=0.5, tvd_last=(0.75 + 0.1) / 2)
@@ -2850,6 +2885,8 @@ def test_condition_has_one_name_and_one_look():
     assert " ".join(bases) == "local global local rmt rmt rmt-0 rmt-0 ttt knn deltanet mosaic persistent persistent rmt"
     looks = {name: tuple(analyze.look(name).values()) for name in [*bases, "anything"]}
     assert len(set(looks.values())) == len(looks) == 10 and looks["rmt"] == tuple(analyze.look("rmt@1 S").values())
+    lines = [style["linestyle"] for style in analyze.distinct_looks(["ttt", "ttt", "rmt", "ttt"])]
+    assert lines == ["solid", "dashed", "solid", "dashdot"]
     assert set(analyze.LOOKS) == set(analyze.CONDITIONS) and set(MEMORIES) - {"none"} <= set(analyze.LOOKS)
 
 
