@@ -1342,12 +1342,12 @@ def check_rows(corpus, split, seq_len, stream=None):
     assert out.shape == position.shape == (n, row)
     assert (out[:, 0] == eos).all() and (position[:, 0] == 0).all()
     assert ((out == eos) == (position == 0)).all()                      # no padding, no stray <|endoftext|>
-    assert (plan.length.reshape(-1) >= 1).all() and plan.length.sum() == n * row
+    assert (plan.size.reshape(-1) >= 1).all() and plan.size.sum() == n * row
     used, true_end = np.zeros(len(stream), int), np.append(stream[1:] == eos, True)
     for i in range(n):
         at = 0
         for k in range(plan.first[i], plan.first[i + 1]):
-            start, size = int(plan.start[k]), int(plan.length[k])
+            start, size = int(plan.start[k]), int(plan.size[k])
             end = start + size - 1
             assert out[i, at + 1:at + size].tolist() == stream[start:end].tolist()
             used[start:end] += 1
@@ -1369,17 +1369,17 @@ def test_rows_keep_their_promises():
 def test_packing_prefers_whole_documents():
     plan = data.pack(np.array([0, 10, 20, 30]), np.array([7, 6, 5, 3]), 10)     # the example in its docstring
     assert plan.first.tolist() == [0, 2, 4]
-    assert plan.start.tolist() == [0, 30, 10, 20] and plan.length.tolist() == [7, 3, 6, 4]
+    assert plan.start.tolist() == [0, 30, 10, 20] and plan.size.tolist() == [7, 3, 6, 4]
     plan = data.pack(np.array([0, 10, 20]), np.array([7, 6, 5]), 10)    # where none fits the largest is cut
-    assert plan.first.tolist() == [0, 2, 5] and plan.length.tolist() == [7, 3, 5, 4, 1]
+    assert plan.first.tolist() == [0, 2, 5] and plan.size.tolist() == [7, 3, 5, 4, 1]
     start, length = np.arange(0, 1200, 100), np.array([60, 39, 20, 19, 98, 50, 48, 99, 30, 30, 37, 5])
     plan = data.plan_rows(start, length, 100)                           # pairs that fill a row exactly are found
-    rows = [sorted(plan.length[plan.first[i]:plan.first[i + 1]].tolist()) for i in range(len(plan.first) - 1)]
+    rows = [sorted(plan.size[plan.first[i]:plan.first[i + 1]].tolist()) for i in range(len(plan.first) - 1)]
     assert [100] in rows and [49, 51] in rows and [1, 99] in rows, rows
     rng = np.random.default_rng(0)
     length = rng.integers(1, 2000, 20_000)
     plan = data.plan_rows(np.cumsum(length + 1) - length, length, 1025)
-    cut = len(plan.length) - (plan.length == 1).sum() - (-(-length // 1024)).sum()
+    cut = len(plan.size) - (plan.size == 1).sum() - (-(-length // 1024)).sum()
     assert cut < 0.05 * len(plan.first), cut                            # few rows need one
 
 
@@ -1777,6 +1777,26 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number):
             assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, handler)
+
+
+@each(function=["update", "evaluate_bpb", "save_checkpoint"])
+def test_a_signal_in_the_last_step_stops_a_sweep(function):
+    original, handler = getattr(train, function), signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def told_to_stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    try:
+        with workplace() as (folder, base):
+            flags = [*base, "--steps=1", "--seed=1,2", "--memory=none"]
+            with mock.patch.object(train, function, told_to_stop):
+                status, out, err = call(train.main, *flags)
+            assert status == 128 + signal.SIGTERM and "same command" in out and not err, (status, out, err)
+            assert len(os.listdir("runs")) == 1  # the second seed was not begun
+            assert "from step 1" in runs_well(*flags) and len(list(Path("runs").glob("*/result.json"))) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one():

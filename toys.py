@@ -63,8 +63,8 @@ from torch import Tensor, nn
 
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
-from train import (FitConfig, changes, checked, fit, grid, pick_device, read_flags, run_all, run_name, save,
-                   save_json, say)
+from train import (FitConfig, changes, check_diverged, checked, fit, pick_device, read_flags, run_all, run_name, save,
+                   save_json, say, sweep_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. All configurations check themselves: a value or a combination that cannot be trained raises ValueError.
@@ -1252,7 +1252,7 @@ def read_toy(name: str, argv: list[str]) -> list[Toy]:
             raise UserError(f"--{flag}: expected one value{hint}")
 
     configs = []
-    for settings in grid(kind, begin | given):
+    for settings in sweep_points(kind, begin | given):
         cfg = checked(kind, **settings)
         for seed in range(1, cfg.seeds + 1):
             configs.append(replace(cfg, seed=seed))
@@ -1301,8 +1301,7 @@ def train_and_report(argv: list[str]) -> None:
         say("\nWhat was seen, beside what the papers say\n")
         say(analyze.table(["experiment", "what the papers say", "what was seen"], seen, left=3))
         say(f"every number: {out}/*/*/result.json")
-    if diverged:
-        raise UserError(f"{len(diverged)} of {len(configs)} models diverged: {', '.join(diverged)}; try a lower --lr")
+    check_diverged(diverged, len(configs))
 
 
 def main(argv: list[str] | None = None) -> int:
