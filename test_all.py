@@ -996,7 +996,7 @@ def test_download_completes_or_says_why_not():
             put(path, **{"a_bin_part": part} if part else {})
             assert fetched(url, path) == BODY and log == ranges and os.listdir(path) == ["a.bin"], log
     with folder() as path, patched(RETRY_SECONDS=0.001):
-        path, wrong = path / "new", "0" * 64
+        path, wrong = path / "new", "0" * 64                            # a folder that is not there yet
         for options, sha256 in ((dict(etag=wrong), None), (dict(etag=wrong, redirect=True), None), (dict(), wrong)):
             with server({"a.bin": BODY}, **options) as (url, _):
                 fails(lambda: fetched(url, path, sha256), "a.bin", wrong, BODY_SHA256)
@@ -1063,9 +1063,9 @@ def test_fineweb_shards_and_a_bad_one_is_named():
 def test_tinystories_shakespeare_and_simplewiki_from_a_server():
     stories, between = [story(i, 200) for i in range(30)], "\n<|endoftext|>\n"
     play = "".join(f"SPEAKER {i}:\nSay {i * i}.\n\n" for i in range(400))
-    texts = {"TinyStoriesV2-GPT4-train.txt": between.join(stories), "TinyStoriesV2-GPT4-valid.txt": between.join([*stories[:5], ""]),
-             "train-00000-of-00001.parquet": "PAR1", "input.txt": play}
-    files = {name: text.encode() for name, text in texts.items()}
+    files = {"TinyStoriesV2-GPT4-train.txt": between.join(stories).encode(),
+             "TinyStoriesV2-GPT4-valid.txt": between.join(stories[:5] + [""]).encode(),
+             "train-00000-of-00001.parquet": b"PAR1", "input.txt": play.encode()}
     with folder() as path, server(files) as (url, _), patched(HUB=url, SHAKESPEARE=url + "input.txt"):
         assert count_documents(data.load("tinystories", "byte", path, quiet=True)) == [30, 5]
         with mock.patch.dict(sys.modules, pyarrow=None):                # makes the import fail
@@ -1099,10 +1099,8 @@ def test_python_docs_are_the_topics_and_no_part_of_python():
         corpus = data.load("python-docs", "byte", path / "a", quiet=True)
         assert corpus.sha256 == data.load("python-docs", "byte", path / "b", quiet=True).sha256
     texts = decoded(corpus).split("<|endoftext|>")[1:]
-    assert sorted(texts) == sorted(topics.values()) and len(texts) == len(topics) > 60
-    sizes = [int(corpus.token_bytes[np.concatenate(corpus.parts[s]).astype(int)].sum()) for s in ("train", "val")]
-    assert sum(sizes) == sum(len(text.encode()) for text in topics.values()) > 300_000
-    assert min(sizes) > 131_072 and corpus.n_rows(512, "val") > 256   # what an evaluation reads by default
+    assert sorted(texts) == sorted(topics.values()) and len(texts) > 60
+    assert corpus.n_rows(512, "train") > 256 and corpus.n_rows(512, "val") > 256    # what an evaluation reads by default
     check_rows(corpus, "val", 512)
     # the split depends on a topic's name, not on which other topics there are
     some = [data.Text("python-docs", data.python_docs_text().files[at:], 0.5, data.read_topic) for at in (0, 7)]
@@ -1131,8 +1129,8 @@ def test_jsonl_and_babistories_and_the_splits_of_files():
 # ----------------------------------------------------------------------------------------------------- bad input
 def test_bad_datasets_and_tokenizers_are_one_line():
     with folder() as path:
-        put(path, zero_txt=b"", blank_txt="\n \n", short_txt=story(0, 900)), os.makedirs(path / "nothing")
-        short = path / "short.txt"
+        short = put(path, zero_txt="", blank_txt="\n \n", short_txt=story(0, 900)) / "short.txt"
+        os.makedirs(path / "nothing")
         for dataset, tokenizer, *words in (
                 ("pyhton", "byte", "pyhton", "did you mean python?"), ("fineweb-edu:many", "gpt2", "fineweb-edu:N"),
                 (path / "zero.txt", "byte", "zero.txt", "empty"), (path / "blank.txt", "byte", "blank.txt", "no text"),
@@ -1195,8 +1193,8 @@ def test_bpe_is_the_naive_bpe():
 
 
 def test_tokenizers_round_trip_and_bytes_add_up():
-    samples = ["", "hello world", "naïve 日本語 \U0001f600\r\n\tx", "<|endoftext|> is text", "a\u200bb  \n\n  c_d __e 1234567 ½",
-               story(5, 3000), "\ufffd\0\x1c", "a\t\t\tb \t \x0b\u3000\t"]
+    samples = ["", "hello world", "naïve 日本語 \U0001f600\r\n\tx", "<|endoftext|> is text", story(5, 3000),
+               "a\u200bb  \n\n  c_d __e 1234567 ½", "\ufffd\0\x1c", "a\t\t\tb \t \x0b\u3000\t"]
     sizes = {"byte": 257, "bpe:300": 300}
     with contextlib.suppress(data.UserError):                           # offline
         sizes[data.get_encoding("gpt2").name] = 50257
@@ -1238,7 +1236,8 @@ def test_the_cache_is_used_and_made_again_where_it_is_damaged_old_or_half_made()
         parts = lambda: list((path / "cache").glob("*.part"))
         with patched(tokenize=None, train_bpe=None):                    # a call would fail
             assert load_text(path, "bpe:280").sha256 == first.sha256
-        for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"), ("*/meta.json", lambda b: b[:9]),
+        for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"),
+                                ("*/meta.json", lambda b: b[:9]),
                                 ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
             target, = (path / "cache").glob(pattern)
             target.write_bytes(damage(target.read_bytes()))
@@ -1276,27 +1275,22 @@ def test_two_processes_prepare_the_same_data_at_once():
 # ----------------------------------------------------------------------------------------------------- rows
 def check_rows(corpus, split, seq_len, stream=None):
     """The promises of the packing, checked on one split."""
-    row, eos, plan, n = seq_len + 1, corpus.eos, corpus.plan(split, seq_len), corpus.n_rows(seq_len, split)
+    eos, plan, n = corpus.eos, corpus.plan(split, seq_len), corpus.n_rows(seq_len, split)
     stream = np.concatenate(corpus.parts[split]) if stream is None else np.array(stream)
     out, position = corpus.rows(split, seq_len, range(n))
-    assert out.shape == position.shape == (n, row)
+    assert out.shape == position.shape == (n, seq_len + 1)
     assert (out[:, 0] == eos).all() and (position[:, 0] == 0).all()
     assert ((out == eos) == (position == 0)).all()                      # no padding, no stray <|endoftext|>
-    assert (plan.length.reshape(-1) >= 1).all() and plan.length.sum() == n * row
-    used, true_end = np.zeros(len(stream), int), np.append(stream[1:] == eos, True)
+    used, ends = np.zeros(len(stream), int), {*np.flatnonzero(stream == eos), len(stream), *corpus.bases[split].tolist()}
     for i in range(n):
-        at = 0
-        for k in range(plan.first[i], plan.first[i + 1]):
-            start, size = int(plan.start[k]), int(plan.length[k])
-            end = start + size - 1
-            assert out[i, at + 1:at + size].tolist() == stream[start:end].tolist()
+        its = slice(plan.first[i], plan.first[i + 1])
+        pieces = [(start, start + size - 1) for start, size in zip(plan.start[its].tolist(), plan.length[its].tolist())]
+        assert out[i].tolist() == [token for start, end in pieces for token in (eos, *stream[start:end])]
+        assert all(end in ends for _, end in pieces[:-1])               # inside a row a piece ends where its document does
+        for start, end in pieces:
             used[start:end] += 1
-            at += size                                                  # inside a row a piece ends where its document does
-            assert at == row or true_end[end - 1] or end in corpus.bases[split].tolist()
-        assert at == row
     assert used[stream == eos].sum() == 0 and used.max() <= 1           # nothing twice ...
-    lost = (used[stream != eos] == 0).sum()
-    assert lost < row, lost                                             # ... and less than a row is dropped
+    assert (used[stream != eos] == 0).sum() <= seq_len                  # ... and less than a row is dropped
 
 
 def test_rows_keep_their_promises():
@@ -1325,20 +1319,18 @@ def test_packing_prefers_whole_documents():
 
 def test_eval_rows_are_the_same_for_everyone():
     with small_corpus() as (path, corpus):
-        other = load_text(path)
-        first = [[t.clone() for t in batch] for batch in corpus.eval_batches(32, 4)]
-        other.batch(3, 4, 32, seed=9)
-        for a, b in zip(first, other.eval_batches(32, 4), strict=True):
-            assert all(torch.equal(u, v) for u, v in zip(a, b))
-        assert sum(len(x) for x, *_ in first) == corpus.n_rows(32, "val")
-        some = list(corpus.eval_batches(32, 4, max_tokens=6 * 32))
-        assert [len(x) for x, *_ in some] == [4, 2] and torch.equal(some[0][0], first[0][0])
-        assert sum(len(x) for x, *_ in corpus.eval_batches(32, 4, max_tokens=64, split="train")) == 2
-        for x, y, doc_pos in corpus.eval_batches(50, 4):                # it counts the tokens before the target
-            assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape == (len(x), 50)
-            assert (x[:, 1:] == y[:, :-1]).all()
-            before = F.pad(doc_pos, (1, 0))[:, :-1] + 1                 # x starts with <|endoftext|>
-            assert torch.equal(doc_pos, before.where(y != corpus.eos, 0))
+        other, first = load_text(path), list(corpus.eval_batches(32, 4))
+    other.batch(3, 4, 32, seed=9)
+    for a, b in zip(first, other.eval_batches(32, 4), strict=True):
+        assert all(map(torch.equal, a, b))
+    assert sum(len(x) for x, *_ in first) == corpus.n_rows(32, "val")
+    some = list(corpus.eval_batches(32, 4, max_tokens=6 * 32))
+    assert [len(x) for x, *_ in some] == [4, 2] and torch.equal(some[0][0], first[0][0])
+    assert sum(len(x) for x, *_ in corpus.eval_batches(32, 4, max_tokens=64, split="train")) == 2
+    for x, y, doc_pos in corpus.eval_batches(50, 4):                    # it counts the tokens before the target
+        assert x.dtype == y.dtype == doc_pos.dtype == torch.int64 and x.shape == y.shape == doc_pos.shape == (len(x), 50)
+        before = F.pad(doc_pos, (1, 0))[:, :-1] + 1                     # x starts with <|endoftext|>
+        assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(doc_pos, before.where(y != corpus.eos, 0))
 
 
 def test_batches_are_pure_seeded_shared_by_the_ranks_and_every_row_once_an_epoch():
@@ -1347,15 +1339,13 @@ def test_batches_are_pure_seeded_shared_by_the_ranks_and_every_row_once_an_epoch
         every = corpus.rows("train", 40, range(n))[0].tolist()
     assert n % 8                                                        # so that batches lie across epochs
     wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(2 * n // 8 + 1)]
-    for step in (59, 0, 31, 31, 7):                                     # in any order, from a new process' view
-        assert all(torch.equal(a, b) for a, b in zip(fresh.batch(step, 8, 40, seed=3), wanted[step]))
+    for step, world in [(59, 1), (31, 1), (7, 1), *itertools.product((0, 5, 40, 31), (1, 2, 4))]:       # in any order
+        shares = [fresh.batch(step, 8, 40, seed=3, rank=rank, world=world) for rank in range(world)]
+        assert all(map(torch.equal, map(torch.cat, zip(*shares)), wanted[step]))
+    assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], wanted[0][0])
     for x, y in wanted:
         assert x.shape == y.shape == (8, 40) and x.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
         assert (x[:, 0] == corpus.eos).all() and (x[:, 1:] == y[:, :-1]).all()
-    assert not torch.equal(fresh.batch(0, 8, 40, seed=4)[0], wanted[0][0])
-    for world, step in itertools.product((1, 2, 4), (0, 5, 40)):
-        shares = [fresh.batch(step, 8, 40, seed=3, rank=rank, world=world) for rank in range(world)]
-        assert all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*shares), wanted[step]))
     seen = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in wanted]).tolist()
     first, second = seen[:n], seen[n:2 * n]
     assert sorted(first) == sorted(second) == sorted(every) and first != second
@@ -1364,8 +1354,8 @@ def test_batches_are_pure_seeded_shared_by_the_ranks_and_every_row_once_an_epoch
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py: the loop, checkpoints, sweeps, bad input
 
-TINY = ["--tokenizer=byte", "--n_layer=2", "--n_embd=32", "--n_head=2", "--max_seq_len=64", "--batch_size=4", "--eval_tokens=1024",
-        "--sample_tokens=8", "--warmup=2", "--device=cpu", "--compile=false", "--out_dir=runs"]
+TINY = ["--tokenizer=byte", "--n_layer=2", "--n_embd=32", "--n_head=2", "--max_seq_len=64", "--batch_size=4",
+        "--eval_tokens=1024", "--sample_tokens=8", "--warmup=2", "--device=cpu", "--compile=false", "--out_dir=runs"]
 
 
 @contextlib.contextmanager
@@ -1415,8 +1405,11 @@ def check_same_run(a, b):
     torch.testing.assert_close(checkpoint(a)["model"], checkpoint(b)["model"], rtol=0, atol=0)
 
 
-def same_losses(a, b):
-    return len(a) == len(b) and all(math.isclose(r["loss"], s["loss"], rel_tol=1e-5) for r, s in zip(a, b))
+def check_close(a, b, name="loss", tolerance=1e-5):
+    """In the logs of two runs, this number is nearly the same wherever it is noted."""
+    first, second = ([r[name] for r in log(folder) if name in r] for folder in (a, b))
+    assert first, name
+    torch.testing.assert_close(first, second, rtol=tolerance, atol=0)
 
 
 @contextlib.contextmanager
@@ -1477,12 +1470,13 @@ def test_a_sweep_is_the_grid_with_seeds_innermost_and_names_say_what_differs():
 
 def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_named():
     refusals = [  # flags, words of the refusal; the first run of a sweep is not even begun
-        ("--memroy=ttt", "--memory"), ("--stepz 4", "--steps"), ("--xyzzy=1", "xyzzy"), ("extra", "extra"), ("--steps", "steps"),
-        ("--steps=many", "--steps=many", "whole number"), ("--lr=fast", "--lr=fast", "a number"), ("--bias=maybe", "true or false"),
-        ("--preset=huge", "huge", "laptop"), ("--optimizer=sgd", "sgd", "muon"), ("--memory=mamba", "mamba", "deltanet"),
-        ("--pos=nope", "nope", "rope"), ("--n_head=3", "n_head=3"), ("--window=SXL", "SXL"), ("--memory=ttt --memory_layers=9", "9"),
-        ("--memory=none,rmt --rmt_segment=60", "60"), ("--steps=0", "steps=0"), ("--lr=nan", "lr=nan"), ("--lr=-1", "lr=-1"),
-        ("--lr=inf", "lr=inf"), ("--beta2=1", "beta2=1"), ("--clip=,1", "--clip="), ("--vocab_size=100", "100", "257"),
+        ("--memroy=ttt", "--memory"), ("--stepz 4", "--steps"), ("--xyzzy=1", "xyzzy"), ("extra", "extra"),
+        ("--steps", "steps"), ("--steps=many", "--steps=many", "whole number"), ("--lr=fast", "--lr=fast", "a number"),
+        ("--bias=maybe", "true or false"), ("--preset=huge", "huge", "laptop"), ("--optimizer=sgd", "sgd", "muon"),
+        ("--memory=mamba", "mamba", "deltanet"), ("--pos=nope", "nope", "rope"), ("--n_head=3", "n_head=3"),
+        ("--window=SXL", "SXL"), ("--memory=ttt --memory_layers=9", "9"), ("--memory=none,rmt --rmt_segment=60", "60"),
+        ("--steps=0", "steps=0"), ("--lr=nan", "lr=nan"), ("--lr=-1", "lr=-1"), ("--lr=inf", "lr=inf"),
+        ("--beta2=1", "beta2=1"), ("--clip=,1", "--clip="), ("--vocab_size=100", "100", "257"),
         ("--device_batch_size=3", "device_batch_size=3", "4"), ("--dtype=bfloat16", "bfloat16"), ("--data_sha256=abc", "abc"),
         ("--seed=1,2 --name=x", "such as x", "leave --name out"), ("--seed=1,1", "each value once"),
         ("--dataset=/nowhere/at/all", "/nowhere/at/all"), ("--out_dir=file", "cannot write", "file")]
@@ -1516,7 +1510,8 @@ def test_muon_is_torchs_muon():
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((16, 16), (48, 16), (16, 48), (16, 16))]
     theirs = [nn.Parameter(p.detach().double()) for p in ours]
     settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
-    optimizers = train.Muon([dict(params=ours)], **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    optimizers = [train.Muon([dict(params=ours)], **settings),
+                  torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")]
     for _ in range(4):
         before = [p.detach().clone() for p in ours]
         for p, q in zip(ours, theirs):
@@ -1589,24 +1584,24 @@ def test_accumulation_is_one_big_batch():
     with workplace() as (_, base):
         for n in (4, 2, 1):
             runs_well(*base, "--steps=4", "--optimizer=adamw", f"--device_batch_size={n}", f"--name=b{n}")
-        big, half, one = (log(f"runs/b{n}") for n in (4, 2, 1))
-        assert same_losses(big, half) and same_losses(big, one)
-        assert all(math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4) for a, b in zip(big, half))
+        check_close("runs/b4", "runs/b2")
+        check_close("runs/b4", "runs/b1")
+        check_close("runs/b4", "runs/b2", "grad_norm", 1e-4)
 
 
 def test_two_ranks_are_one_rank_for_every_memory():
     with workplace() as (_, base):
         flags = [*base, "--memory=" + ",".join(MEMORIES), "--steps=4", "--sample_tokens=0"]
         runs_well(*flags, "--out_dir=one", "--device_batch_size=2")
-        two = in_background("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *flags, "--out_dir=two",
-                            "--device_batch_size=1")
+        two = in_background("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *flags,
+                            "--out_dir=two", "--device_batch_size=1")
         stdout, stderr = two.communicate()
         assert two.returncode == 0, stderr[-3000:]
         names = sorted(os.listdir("one"))
         assert len(names) == len(MEMORIES) and names == sorted(os.listdir("two"))
         for name in names:
-            a, b = log(f"one/{name}"), log(f"two/{name}")
-            assert same_losses(a, b) and math.isclose(a[-1]["val_bpb"], b[-1]["val_bpb"], rel_tol=1e-5), name
+            check_close(f"one/{name}", f"two/{name}")
+            check_close(f"one/{name}", f"two/{name}", "val_bpb")
         assert stdout.count("seeds") == 1  # only rank 0 prints the table
 
 
@@ -1624,22 +1619,17 @@ def test_two_nodes_are_one():
             if not any("in use" in e for e in errors):
                 break
         assert [node.returncode for node in nodes] == [0, 0], errors
-        assert same_losses(log("runs/one"), log("runs/two"))
+        check_close("runs/one", "runs/two")
 
 
 # ---------------------------------------------------------------- interruption
 def test_resume_is_bit_identical_for_every_memory():
-    """Each run dies at the start of step 4 as if killed (no clean-up, no checkpoint); then the same command again."""
-    class Killed(BaseException):
-        pass
-
     with workplace() as (_, base):
         for memory in MEMORIES:
             flags = [*base, f"--memory={memory}", "--steps=5", "--save_every=2", "--eval_every=2", "--dropout=0.1"]
             runs_well(*flags, f"--name={memory}-whole")
-            with at_call(4, mock.Mock(side_effect=Killed)), contextlib.suppress(Killed):
-                call(train.main, *flags, f"--name={memory}")
-                raise AssertionError("was not interrupted")
+            with at_call(4, lambda: sys.exit("as if killed")):  # at the start of step 4: no clean-up, no checkpoint
+                assert call(train.main, *flags, f"--name={memory}")[0] == "as if killed"
             assert not Path(f"runs/{memory}/result.json").exists()
             assert "from step 2" in runs_well(*flags, f"--name={memory}")
             check_same_run(f"runs/{memory}", f"runs/{memory}-whole")
@@ -1753,14 +1743,15 @@ def test_result_has_everything_and_the_files_are_there():
     with workplace() as (_, base):
         flags = [*base, "--steps=3", "--name=a", "--memory=persistent", "--tokenizer=bpe:300"]
         out, r = runs_well(*flags), from_json("runs/a/result.json")
-        keys = ("memory window preset seed max_seq_len dataset val_loss flops_per_token total_time_min peak_vram_mib device versions "
-                "bpb_by_position seconds cpu_seconds")
+        keys = ("memory window preset seed max_seq_len dataset val_loss flops_per_token total_time_min peak_vram_mib device "
+                "versions bpb_by_position seconds cpu_seconds")
         assert r.keys() >= set(keys.split()), r
         net, cfg, saved = train.load_run("runs/a")
         none = GPT(replace(cfg, memory="none").architecture())
         assert r["total_params"] == sum(p.numel() for p in net.parameters())
         assert r["memory_params"] == r["total_params"] - sum(p.numel() for p in none.parameters()) > 0
-        assert r["train_tokens"] == 3 * 4 * 64 and r["state_bytes"] > 0 and r["tokens_per_second"] > 0 and r["peak_rss_mib"] > 50
+        assert r["train_tokens"] == 3 * 4 * 64 and r["peak_rss_mib"] > 50
+        assert r["state_bytes"] > 0 and r["tokens_per_second"] > 0
         assert r["config"]["vocab_size"] == 300 and len(r["data_sha256"]) == 64 and r["curve"][-1]["val_bpb"] == r["val_bpb"]
         assert all(Path("runs/a", name).stat().st_size > 0 for name in ("log.jsonl", "ckpt.pt", "loss.png"))
         told = ("bits per byte", "parameters", "FLOPs", "state", "tokens/s", "peak memory", "sample")
