@@ -1275,20 +1275,22 @@ def test_two_processes_prepare_the_same_data_at_once():
 # ----------------------------------------------------------------------------------------------------- rows
 def check_rows(corpus, split, seq_len, stream=None):
     """The promises of the packing, checked on one split."""
-    eos, plan, n = corpus.eos, corpus.plan(split, seq_len), corpus.n_rows(seq_len, split)
+    eos, n = corpus.eos, corpus.n_rows(seq_len, split)
     stream = np.concatenate(corpus.parts[split]) if stream is None else np.array(stream)
     out, position = corpus.rows(split, seq_len, range(n))
     assert out.shape == position.shape == (n, seq_len + 1)
     assert (out[:, 0] == eos).all() and (position[:, 0] == 0).all()
     assert ((out == eos) == (position == 0)).all()                      # no padding, no stray <|endoftext|>
-    used, ends = np.zeros(len(stream), int), {*np.flatnonzero(stream == eos), len(stream), *corpus.bases[split].tolist()}
+    first, start, size = corpus.plan(split, seq_len)
+    pieces = list(zip(start.tolist(), (start + size - 1).tolist()))     # the first token of each, and the one after its last
+    ends = {*np.flatnonzero(stream == eos), *corpus.bases[split].tolist()}
+    used = np.zeros(len(stream), int)
     for i in range(n):
-        its = slice(plan.first[i], plan.first[i + 1])
-        pieces = [(start, start + size - 1) for start, size in zip(plan.start[its].tolist(), plan.length[its].tolist())]
-        assert out[i].tolist() == [token for start, end in pieces for token in (eos, *stream[start:end])]
-        assert all(end in ends for _, end in pieces[:-1])               # inside a row a piece ends where its document does
-        for start, end in pieces:
-            used[start:end] += 1
+        row = pieces[first[i]:first[i + 1]]
+        assert out[i].tolist() == [token for begin, end in row for token in (eos, *stream[begin:end])]
+        assert all(end in ends for _, end in row[:-1])                  # inside a row a piece ends where its document does
+        for begin, end in row:
+            used[begin:end] += 1
     assert used[stream == eos].sum() == 0 and used.max() <= 1           # nothing twice ...
     assert (used[stream != eos] == 0).sum() <= seq_len                  # ... and less than a row is dropped
 
