@@ -133,6 +133,7 @@ now_and_then = lambda g: torch.where(torch.rand_like(g) < 0.2, -30.0, -0.01).to(
 some_rates = lambda scale: torch.where(torch.arange(len(scale)) % 3 == 0, 0.0, scale)
 times = lambda factor: lambda x: factor * x
 ZERO, ONE = torch.zeros_like, torch.ones_like
+SMALLEST_HEAD = {leaky_average: 1, gated_delta_rule: 16, ttt_linear: 32}    # of those that the kernels take
 HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
 LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 
@@ -167,7 +168,7 @@ CASES = {
 }
 
 
-def fed_in_pieces(fn, cuts):
+def in_pieces_of(fn, cuts):
     """fn in several calls, each of which continues from the state of the one before."""
     def run(impl, state=None, **args):
         outputs = []
@@ -176,18 +177,12 @@ def fed_in_pieces(fn, cuts):
             o, state = fn(**args | piece, state=state, impl=impl)
             outputs.append(o)
         return torch.cat(outputs, 1), state
-    return run
+    return run if cuts else fn
 
 
-def check_case(case, impl, dtype, tolerance):
-    sizes, changes = CASES[case]
-    fn = next(fn for name, fn in memories.FUNCTIONS.items() if re.search("leaky|delta|ttt", case)[0] in name)
-    for size in sizes:
-        torch.manual_seed(0)
-        cuts = size.get("cuts", ())
-        args = memories.example(fn.__name__, **{name: x for name, x in size.items() if name != "cuts"}, dtype=dtype)
-        args |= {name: change(args[name]) for name, change in changes.items()}
-        close(f"{case} {size}", fed_in_pieces(fn, cuts) if cuts else fn, args, impl, tolerance)
+def example(fn, T=70, D=None, dtype=torch.float32, B=2, H=3, **sizes):
+    torch.manual_seed(0)
+    return memories.example(fn.__name__, B, T, H, D or SMALLEST_HEAD[fn], dtype=dtype, **sizes)
 
 
 def close(what, fn, args, impl, tolerance):
@@ -195,14 +190,18 @@ def close(what, fn, args, impl, tolerance):
     assert not wrong, f"{what}: {wrong}"
 
 
+def check_case(case, impl, dtype, tolerance):
+    sizes, changes = CASES[case]
+    fn = next(fn for name, fn in memories.FUNCTIONS.items() if re.search("leaky|delta|ttt", case)[0] in name)
+    for cuts, size in ((size.get("cuts", ()), {name: n for name, n in size.items() if name != "cuts"}) for size in sizes):
+        args = example(fn, **size, dtype=dtype)
+        args |= {name: change(args[name]) for name, change in changes.items()}
+        close(f"{case} {size} {cuts}", in_pieces_of(fn, cuts), args, impl, tolerance)
+
+
 @each(case=list(CASES), dtype=[torch.float64, torch.float32])
 def test_chunk_is_the_loop(case, dtype):
     check_case(case, "chunk", dtype, {torch.float64: 1e-10, torch.float32: 1e-5}[dtype])
-
-
-def example(fn, T=70, D=32, dtype=torch.float32, **sizes):
-    torch.manual_seed(0)
-    return memories.example(fn.__name__, 2, T, 3, D, dtype=dtype, **sizes)
 
 
 def test_delta_rule_loop_is_the_equation():
@@ -238,22 +237,17 @@ def test_ttt_loop_is_gradient_descent():
     assert int(state.pos) == 3
 
 
-def check_no_tokens(impl):
-    args = example(gated_delta_rule, 0)
-    o, state = gated_delta_rule(**args, impl=impl)
-    assert o.shape == args["v"].shape and torch.equal(state, args["state"])
-    args = example(ttt_linear, 0)
-    o, state = ttt_linear(**args, impl=impl)
-    assert o.shape == args["q"].shape and torch.equal(state.W_start[0], args["W"])
+def check_no_tokens(fn, impl):
+    args = example(fn, 0)
+    o, state = fn(**args, impl=impl)
+    found, given = (state.W_start, args["W"]) if fn is ttt_linear else (state, args["state"])
+    assert o.shape == (2, 0, 3, SMALLEST_HEAD[fn]) and error(found, given) == 0
 
 
-def test_memories_take_no_tokens():
-    check_no_tokens("auto")
-    y, state = leaky_average(torch.zeros(2, 0, 3, 4), torch.rand(3), torch.ones(2, 3, 4))
-    assert y.shape == (2, 0, 3, 4) and torch.equal(state, torch.ones(2, 3, 4))
-
-
-def test_memories_keep_float32_states():
+def test_memories_at_the_edges():
+    """No tokens; 16 bits, with a state of 32; a form that there is not."""
+    for fn in SMALLEST_HEAD:
+        check_no_tokens(fn, "auto")
     args = example(gated_delta_rule, dtype=torch.bfloat16)
     o, S = gated_delta_rule(**args)
     assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
@@ -562,8 +556,8 @@ def test_ttt_layer_hands_over_what_is_published():
 
 
 @torch.no_grad()
-def test_value_embeddings_and_softcap():
-    """v + 2σ(W x[:32]) ve on alternating layers, the last included; logits = c tanh(raw / c)."""
+def test_value_embeddings_and_readout():
+    """v + 2σ(W x[:32]) ve on alternating layers, the last included; logits = c tanh(raw / c); targets of -1 are ignored."""
     net, idx = small("none", "d12", n_layer=3, n_embd=64), tokens(rows=1)
     assert [b.mixer.value_gate is not None for b in net.body.blocks] == [True, False, True]
     gate, x, ve, v = net.body.blocks[0].mixer.value_gate, noise(1, 5, 64), noise(1, 5, 64, seed=2), noise(1, 2, 5, 32, seed=3)
@@ -574,6 +568,8 @@ def test_value_embeddings_and_softcap():
     raw = net(idx)
     net.config.softcap = 15.0
     assert error(net(idx), 15 * torch.tanh(raw / 15)) < 1e-12 and raw.abs().max() > 15
+    nats = F.cross_entropy(net(idx).flatten(0, 1), idx.flatten(), reduction="none")
+    assert error(net(idx, torch.where(torch.arange(T) % 2 == 0, -1, idx)), nats[1::2].mean()) < 1e-12
 
 
 def starts(layers, heads, width):
@@ -631,13 +627,6 @@ def test_every_parameter_learns_and_has_an_optimizer(memory):
         assert (id(p) in hidden) == (".blocks." in name and p.ndim == 2), name
 
 
-def test_targets_of_minus_one_are_ignored():
-    net, idx, targets = small("none"), tokens(), tokens(1)
-    masked = torch.where(torch.arange(T) % 2 == 0, -1, targets)
-    nats = F.cross_entropy(net(idx).flatten(0, 1), targets.flatten(), reduction="none").view(2, T)
-    assert error(net(idx, masked), nats[:, 1::2].mean()) < 1e-12
-
-
 @each(memory=MEMORIES)
 def test_compiles_without_graph_breaks(memory):
     """torch.compile sees training as one graph (traced here; code generation is the compiler's own business)."""
@@ -662,17 +651,20 @@ def test_flops_count_the_matrix_products():
         assert model.attention_flops(64, window, 10) == 4 * 10 * sum(visible) / 64
 
 
-@each(case=[
-    (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(window="SXL"), "window='SXL'"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
-    (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"), (dict(memory="ttt", memory_layers="a"), "memory_layers"),
-    (dict(memory_layers="1"), "no effect"), (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"),
-    (dict(dropout=1.5), "dropout"), (dict(n_layer=0), "n_layer=0"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
-    (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"),
-    (dict(n_embd=12, n_head=4), "rope needs an even head size"),
-    (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")])
-def test_impossible_architectures(case):
-    options, part = case
-    raises(ValueError, lambda: Config(**options), part)
+def test_what_a_model_refuses():
+    for options, part in (
+            (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(window="SXL"), "window='SXL'"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
+            (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"), (dict(n_layer=0), "n_layer=0"),
+            (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
+            (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"), (dict(dropout=1.5), "dropout"),
+            (dict(memory="knn", knn_capacity=10), "knn_capacity=10"), (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"),
+            (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(n_embd=12, n_head=4), "rope needs an even"),
+            (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")):
+        raises(ValueError, lambda: Config(**options), part)
+    net, idx = small("none", pos="learned"), tokens()
+    _, state = net.stream(idx)
+    raises(ValueError, lambda: net.stream(idx[:, :1], state), "81 tokens", "80 learned positions")
+    raises(ValueError, lambda: net.generate(idx[:, :0], 3), "no tokens")
 
 
 def test_memory_layers():
@@ -689,13 +681,6 @@ def test_settings_of_other_memories_are_named():
     assert model.unused_options(Config()) == [] == model.unused_options(Config(memory="knn", knn_capacity=600, memory_layers="1"))
     assert model.unused_options(Config(n_layer=3, **others)) == ["expand_v", "knn_capacity", "mosaic_slots"]
     assert model.unused_options(Config(memory="deltanet", **others)) == ["knn_capacity", "mosaic_slots"]
-
-
-def test_learned_positions_end():
-    net, idx = small("none", pos="learned"), tokens()
-    _, state = net.stream(idx)
-    raises(ValueError, lambda: net.stream(idx[:, :1], state), "81 tokens", "80 learned positions")
-    raises(ValueError, lambda: net.generate(idx[:, :0], 3), "no tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,10 +712,10 @@ def kernels_at_the_edges():
     del args["state"]
     close("no state", gated_delta_rule, args, "triton", PARITY)
     close("half", gated_delta_rule, example(gated_delta_rule, dtype=torch.float16), "triton", 1e-2)
-    with torch.no_grad():
-        for fn in BOTH:
+    for fn in BOTH:
+        check_no_tokens(fn, "triton")
+        with torch.no_grad():
             assert error(fn(**example(fn), impl="triton")[0], fn(**example(fn), impl="loop")[0]) <= PARITY
-    check_no_tokens("triton")
     for fn, other in ((gated_delta_rule, dict(D=24)), (gated_delta_rule, dict(dtype=torch.float64)), (ttt_linear, dict(D=16))):
         raises(ValueError, lambda: fn(**example(fn, **other), impl="triton"), "expected", "use impl='chunk'")
 
