@@ -87,14 +87,12 @@ def error(a, b):
 
 def raises(kind, function, *parts):
     """The call fails with `kind`, one sentence that contains every part."""
-    try:
+    with unittest.TestCase().assertRaises(kind) as caught:
         function()
-    except kind as e:
-        assert "\n" not in str(e), e
-        for part in parts:
-            assert part in str(e), f"{part!r} is not in: {e}"
-        return
-    raise AssertionError(f"no {kind.__name__} was raised")
+    message = str(caught.exception)
+    assert "\n" not in message, message
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
 
 
 def call(main, *argv):
@@ -131,9 +129,10 @@ identical = lambda k: k[:, :1].expand_as(k).clone()
 correlated = lambda k: F.normalize(k[:, :1] + 0.1 * k, dim=-1)
 now_and_then = lambda g: torch.where(torch.rand_like(g) < 0.2, -30.0, -0.01).to(g.dtype)   # strong at every fifth token
 some_rates = lambda scale: torch.where(torch.arange(len(scale)) % 3 == 0, 0.0, scale)
+heads_first = lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)     # in storage
 times = lambda factor: lambda x: factor * x
 ZERO, ONE = torch.zeros_like, torch.ones_like
-SMALLEST_HEAD = {leaky_average: 1, gated_delta_rule: 16, ttt_linear: 32}    # of those that the kernels take
+SMALLEST_HEAD = {leaky_average: 1, gated_delta_rule: 16, ttt_linear: 32}    # smaller ones have no kernel
 HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
 LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 
@@ -155,11 +154,9 @@ CASES = {
     "delta_identical_keys_kept": (delta(T=[130], D=[32]), dict(k=identical, beta=ONE, g=ZERO)),
     "delta_correlated_keys": (delta(), dict(k=correlated, beta=ONE)),
     "delta_correlated_keys_kept": (delta(T=[130], D=[32]), dict(k=correlated, beta=ONE, g=ZERO)),
-    "delta_strided": (delta(T=[70]), dict(v=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2),
-                                          g=lambda g: g.mT.contiguous().mT)),
-    "ttt_sizes": (ttt(T=[1, 15, 16, 17, 49, 100, 129]) + ttt(T=[96], D=[32, 64], K=[16, 32, 64]) + ttt(T=[32], D=[128])
-                  + ttt(T=[192], K=[64]) + ttt(T=[90], K=[32], cuts=[(40, 41)])
-                  + ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]), {}),
+    "delta_strided": (delta(T=[70]), dict(v=heads_first, g=lambda g: g.mT.contiguous().mT)),
+    "ttt_sizes": (ttt(T=[1, 15, 16, 17, 49, 100, 129]) + ttt(T=[96], D=[32, 64], K=[16, 32, 64]) + ttt(T=[192], K=[64])
+                  + ttt(T=[32], D=[128]) + ttt(T=[90], K=[32], cuts=[(40, 41)]) + ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]), {}),
     "ttt_no_rate": (ttt(), dict(lr=ZERO)),
     "ttt_high_rates": (ttt(), dict(lr=times(8), token_scale=some_rates)),
     "ttt_large_weights": (ttt(T=[53]), LARGE),
@@ -391,18 +388,15 @@ def test_dropout_is_for_training_alone(memory):
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: each layer against its slow form
 
-def test_attend_is_masked_softmax():
+def test_attend_is_masked_softmax_and_rotary_is_relative():
     q, k, v = noise(2, 4, 70, 8), noise(2, 2, 90, 8, seed=2), noise(2, 2, 90, 5, seed=3)
     alibi = torch.tensor([0.5, 0.25, 0.1, 0.7], dtype=torch.float64)
     for Tq, Tk, *rest in itertools.product((1, 40, 70), (70, 90), (None, 5, 33, 200), (0, 3), (None, alibi), (None, 1.0)):
         given = (q[:, :, :Tq], k[:, :, :Tk], v[:, :, :Tk], *rest)
         assert error(model.attend(*given), model.attend_slow(*given)) < 1e-12, (Tq, Tk, rest)
         assert error(model.attend(*given, dropout=0.5), model.attend(*given)) > 1e-2, (Tq, Tk, rest)
-
-
-def test_rotary_is_relative():
-    q, k = noise(1, 1, 1, 8), noise(1, 1, 1, 8, seed=2)
-    dot = lambda i, j: (model.rotary(q, torch.tensor([i]), 100.0) * model.rotary(k, torch.tensor([j]), 100.0)).sum()
+    turned = lambda x, position: model.rotary(x[0, 0, :1], torch.tensor([position]), 100.0)
+    dot = lambda i, j: (turned(q, i) * turned(k, j)).sum()
     assert abs(dot(7, 3) - dot(104, 100)) < 1e-10 and abs(dot(7, 3) - dot(8, 3)) > 1e-3
 
 
@@ -563,17 +557,16 @@ def starts(layers, heads, width):
     """The end of a parameter's name -> how it starts in the papers' code: a number, a tensor, or a distribution function."""
     gaussian = lambda std: stats.norm(0, std).cdf
     pair, projected = gaussian((width / heads) ** -0.5), gaussian(0.02 * width ** 0.5)
-    return {
-        ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
-        ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
-        ".conv": stats.uniform(-0.5, 1).cdf,                                            # U(-1,1)/√4, PyTorch's for a width of 4
-        ".W": gaussian(0.02), ".b": 0, ".scale_offset": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,                  # ttt
-        ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
-        ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
-        ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": projected,
-        ".out.weight": gaussian(0.02 / (2 * layers) ** 0.5),                            # what adds to the residual stream
-        "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
-        ".weight": gaussian(0.02), "bias": 0}                                           # everything else
+    return {".A_log": lambda x: np.exp(x) / 16,                                         # A ~ U(0,16)
+            ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),   # dt log-uniform from 1e-3 to 1e-1
+            ".conv": stats.uniform(-0.5, 1).cdf,                                        # U(-1,1)/√4, PyTorch's for a width of 4
+            ".W": gaussian(0.02), ".b": 0, ".scale_offset": 0, ".lr.weight": gaussian(0.02), ".lr.bias": 0,             # ttt
+            ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 0.1, ".scale": -0.05, ".mix": stats.uniform(0, 1).cdf,
+            ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
+            ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": projected,
+            ".out.weight": gaussian(0.02 / (2 * layers) ** 0.5),                        # what adds to the residual stream
+            "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
+            ".weight": gaussian(0.02), "bias": 0}                                       # everything else
 
 
 @each(memory=MEMORIES, heads=[4, 128])
@@ -647,20 +640,18 @@ def test_what_a_model_refuses():
     raises(ValueError, lambda: net.generate(idx[:, :0], 3), "no tokens")
 
 
-def test_memory_layers():
+def test_settings_of_memories():
     for text, expected in (("all", {0, 1, 2, 3}), ("middle", {2}), ("3", {3}), ("1+3", {1, 3}), ("0+0", {0})):
         config = Config(memory="mosaic", memory_layers=text)
         assert model.layers_with_memory(config) == expected
-        blocks = GPT(config).body.blocks
-        assert {i for i, b in enumerate(blocks) if isinstance(b.mixer, model.ContextualMemory)} == expected
-        assert {i for i, b in enumerate(blocks) if isinstance(b.feedforward, model.PersistentMemory)} == expected
-
-
-def test_settings_of_other_memories_are_named():
+        for i, block in enumerate(GPT(config).body.blocks):
+            assert isinstance(block.mixer, model.ContextualMemory) == (i in expected), text
+            assert isinstance(block.feedforward, model.PersistentMemory) == (i in expected), text
     others = dict(knn_capacity=600, expand_v=2, mosaic_slots=5)
-    assert model.unused_options(Config()) == [] == model.unused_options(Config(memory="knn", knn_capacity=600, memory_layers="1"))
-    assert model.unused_options(Config(n_layer=3, **others)) == ["expand_v", "knn_capacity", "mosaic_slots"]
-    assert model.unused_options(Config(memory="deltanet", **others)) == ["knn_capacity", "mosaic_slots"]
+    for config, unused in ((Config(), []), (Config(memory="knn", knn_capacity=600, memory_layers="1"), []),
+                           (Config(n_layer=3, **others), ["expand_v", "knn_capacity", "mosaic_slots"]),
+                           (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots"])):
+        assert model.unused_options(config) == unused
 
 
 # ----------------------------------------------------------------------------------------------------------------------
