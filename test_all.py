@@ -156,7 +156,8 @@ CASES = {
     "delta_correlated_keys_kept": (delta(T=[130], D=[32]), dict(k=correlated, beta=ONE, g=ZERO)),
     "delta_strided": (delta(T=[70]), dict(v=heads_first, g=lambda g: g.mT.contiguous().mT)),
     "ttt_sizes": (ttt(T=[1, 15, 16, 17, 49, 100, 129]) + ttt(T=[96], D=[32, 64], K=[16, 32, 64]) + ttt(T=[192], K=[64])
-                  + ttt(T=[32], D=[128]) + ttt(T=[90], K=[32], cuts=[(40, 41)]) + ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]), {}),
+                  + ttt(T=[32], D=[128]), {}),
+    "ttt_state": (ttt(T=[90], K=[32], cuts=[(40, 41)]) + ttt(T=[100], cuts=[(0, 9, 60), (19,), (16,)]), {}),
     "ttt_no_rate": (ttt(), dict(lr=ZERO)),
     "ttt_high_rates": (ttt(), dict(lr=times(8), token_scale=some_rates)),
     "ttt_large_weights": (ttt(T=[53]), LARGE),
@@ -425,7 +426,7 @@ def test_knn_lru_keeps_what_is_retrieved():
             _, _, store = layer.retrieve(q[:, :, a:a + 4], store, torch.arange(a, a + 4))
         assert (0 in store.written[0, 0].tolist()) == (evict == "lru") and store.k.size(2) == 8, store.written[0, 0]
     net = small("knn", "lru")
-    for idx in (tokens(seed) % 7 for seed in range(4)):         # of seven tokens, so that most keys of the first layer are equal
+    for idx in (tokens(seed) % 7 for seed in range(4)):         # seven tokens: most keys of the first layer are equal
         assert error(streamed(net, idx, 1), net(idx)) < 1e-10
     x = noise(1, 40, 16).requires_grad_()
     (gradient,) = torch.autograd.grad(small_layer("knn")(x)[0][:, -1].sum(), x)
@@ -626,12 +627,13 @@ def test_flops_count_the_matrix_products():
 
 def test_what_a_model_refuses():
     for options, part in (
-            (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(window="SXL"), "window='SXL'"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
-            (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"), (dict(n_layer=0), "n_layer=0"),
+            (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(n_layer=0), "n_layer=0"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
+            (dict(window="SXL"), "window='SXL'"), (dict(pos="sinus"), "sinus"), (dict(dropout=1.5), "dropout"),
+            (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"),
             (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
-            (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"), (dict(dropout=1.5), "dropout"),
-            (dict(memory="knn", knn_capacity=10), "knn_capacity=10"), (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"),
-            (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(n_embd=12, n_head=4), "rope needs an even"),
+            (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
+            (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"), (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"),
+            (dict(n_embd=12, n_head=4), "rope needs an even head size"),
             (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")):
         raises(ValueError, lambda: Config(**options), part)
     net, idx = small("none", pos="learned"), tokens()
@@ -672,7 +674,9 @@ def kernels_in_special_calls():
         o, state = fn(**args)
         return o, state.detach() if torch.is_tensor(state) else memories.TTTState(*[x.detach() for x in state])
     def in_one_graph(fn, impl, **args):
-        return (torch.compile(fn, fullgraph=True, backend="aot_eager") if impl == "triton" else fn)(**args, impl=impl)
+        if impl == "triton":
+            fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        return fn(**args, impl=impl)
     for fn, special in itertools.product(BOTH, (state_only, output_only, in_one_graph)):
         close(special.__name__, functools.partial(special, fn), example(fn), "triton", PARITY)
 
