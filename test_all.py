@@ -2402,26 +2402,19 @@ def test_eval_bad_input():
 TOY_SHAPE = dict(steps=2, n_layer=1, n_embd=16, n_head=1)
 
 
-def five_batches(model, batch_fn, cfg):
-    """In the place of train.fit"""
-    return [batch_fn(i) for i in range(5)]
-
-
 @contextlib.contextmanager
 def recorded(**functions):
     """toys.py with these functions in the place of its own; yields {name: [(arguments, what it returned), ...]}."""
     calls = {name: [] for name in functions}
 
-    def recorder(name, function):
-        def record(*arguments):
-            calls[name].append((arguments, function(*arguments)))
-            return calls[name][-1][1]
-        return record
-    with mock.patch.multiple(toys, **{name: recorder(name, f) for name, f in functions.items()}):
+    def record(name, *arguments):
+        calls[name].append((arguments, functions[name](*arguments)))
+        return calls[name][-1][1]
+    with mock.patch.multiple(toys, **{name: functools.partial(record, name) for name in functions}):
         yield calls
 
 
-def test_toys_every_string_is_accepted_by_its_automaton():
+def test_toys_strings_are_accepted_by_their_automata_whose_edges_go_to_distinct_other_states():
     for i, automaton in enumerate(toys.draw_automata(3, [40])[0]):
         assert 4 <= len(automaton) <= 12 and all(1 <= len(edges) <= 3 for edges in automaton)
         assert len({a for edges in automaton for a in edges}) <= 18
@@ -2429,16 +2422,9 @@ def test_toys_every_string_is_accepted_by_its_automaton():
         strings = [list(s) for sep, s in itertools.groupby(tokens, lambda a: a == toys.SEP) if not sep]
         assert 10 <= len(strings) <= 19 and all(1 <= len(s) <= 49 for s in strings)
         for string in strings:
-            q = 0
-            for a in string:
-                assert a in automaton[q], (string, automaton)
-                q = automaton[q][a]
+            functools.reduce(lambda state, a: automaton[state][a], string, 0)  # a KeyError where it is not accepted
         assert toys.instance(random.Random(i), automaton, 100)[0] == tokens[:101]
-
-
-def test_toys_automata_edges_go_to_distinct_other_states():
-    """Checked on the raw draw: minimising may merge targets, never add edges."""
-    with recorded(minimal=lambda automaton: automaton):
+    with recorded(minimal=lambda automaton: automaton):  # on the raw draw: minimising may merge targets, never add edges
         for seed in range(60):
             automaton = toys.draw_automaton(random.Random(seed))
             assert 4 <= len(automaton) <= 12
@@ -2457,25 +2443,20 @@ def language(automaton, n):
 def test_toys_minimal_keeps_the_language_and_is_canonical():
     for seed in range(30):
         rng = random.Random(seed)
-        raw = []
-        for q in range(6):
-            k = rng.randint(1, 2)
-            raw.append(dict(zip(rng.sample(range(3), k), rng.sample([p for p in range(6) if p != q], k))))
-        small = toys.minimal(tuple(raw))
+        targets = [rng.sample([p for p in range(6) if p != q], rng.randint(1, 2)) for q in range(6)]
+        raw = tuple(dict(zip(rng.sample(range(3), len(to)), to)) for to in targets)
+        small = toys.minimal(raw)
         assert language(raw, 6) == language(small, 6) and len(small) <= 6
         order = [0, *rng.sample(range(1, 6), 5)]  # other names for the states, the start kept, and a useless copy of state 3
-        named = [None] * 6
-        for q, edges in enumerate(raw):
-            named[order[q]] = {a: order[p] for a, p in edges.items()}
-        assert toys.minimal((*named, dict(named[3]))) == small
+        named = {order[q]: {a: order[p] for a, p in edges.items()} for q, edges in enumerate(raw)}
+        assert toys.minimal((*(named[q] for q in range(6)), dict(named[3]))) == small
     # States 1 and 2 do the same: three states suffice, and a fourth cannot be reached.
     assert toys.minimal(({0: 1, 1: 2}, {5: 3}, {5: 3}, {7: 0}, {9: 0})) == ({0: 1, 1: 1}, {5: 2}, {7: 0})
 
 
 def test_toys_splits_share_no_language():
     parts = toys.draw_automata(0, [60, 60, 300])
-    keys = [repr(toys.minimal(a)) for part in parts for a in part]
-    assert [len(p) for p in parts] == [60, 60, 300] and len(set(keys)) == len(keys)
+    assert [len(p) for p in parts] == [60, 60, 300] and len({repr(toys.minimal(a)) for part in parts for a in part}) == 420
     fewer = toys.draw_automata(0, [60, 60, 20])  # the test set does not depend on the training set
     assert fewer[0] == parts[0] and fewer[2] == parts[2][:20]
     # Real draws hardly ever meet twice; here there are only 12 languages, each under many names.
@@ -2484,23 +2465,20 @@ def test_toys_splits_share_no_language():
 
 
 def test_toys_truth_sums_to_one_and_equals_enumeration():
-    automaton = toys.draw_automata(5, [1])[0][0]
+    (automaton,), = toys.draw_automata(5, [1])
     data = toys.Instances([automaton], 1, 200)
-    truth, y, x = data.truth(0), data.y[0], data.x[0].tolist()
-    asked = (y >= 0).nonzero()[:, 0].tolist()
+    truth, x, asked = data.truth(0), data.x[0].tolist(), (data.y[0] >= 0).nonzero()[:, 0].tolist()
     assert torch.allclose(truth[asked].sum(1), torch.ones(len(asked)))
     for t in asked[:60]:
-        string = x[:t + 1]
-        string = string[len(string) - string[::-1].index(toys.SEP):] if toys.SEP in string else string
-        if len(string) > 5:
-            continue
-        whole, longer = language(automaton, len(string)), language(automaton, len(string) + 1)
-        for a in range(20):
-            p = longer.get((*string, a), 0) / whole[tuple(string)]
-            assert abs(truth[t, a].item() - float(p)) < 1e-6
+        *_, start = (0, *(i + 1 for i in range(t + 1) if x[i] == toys.SEP))
+        string = tuple(x[start:t + 1])
+        if len(string) <= 5:
+            whole, longer = language(automaton, len(string))[string], language(automaton, len(string) + 1)
+            expected = torch.tensor([float(longer.get((*string, a), 0) / whole) for a in range(20)])
+            assert (truth[t] - expected).abs().max() < 1e-6
 
 
-def test_toys_metrics_on_a_case_worked_by_hand():
+def test_toys_metrics_and_ngrams_on_cases_worked_by_hand():
     # Two symbols asked (targets 0 and 1), a separator between them. Truth: {0: ½, 2: ½} and {1: 1}.
     truth, probs = torch.zeros(3, 20), torch.zeros(3, 20)
     truth[0, [0, 2]], truth[2, 1] = 0.5, 1.0
@@ -2512,46 +2490,37 @@ def test_toys_metrics_on_a_case_worked_by_hand():
     other = dict(count=1, accuracy=1, tvd=0.1, accuracy_last=1.0, tvd_last=0.1)
     assert toys.total([s, other]) == dict(accuracy=2 / 3, tvd=1.35 / 3, accuracy_last=0.5, tvd_last=(0.75 + 0.1) / 2)
 
-
-def test_toys_ngram_on_a_tiny_sequence():
     x = torch.tensor([0, 1, 0, 2, 0, toys.SEP, 0, 1, 3])
     probs = [toys.ngram(x, n) for n in range(4)]
     for n, t, expected in ((0, 3, {a: round(1 / 18, 4) for a in range(18)}), (1, 3, {0: 0.5, 1: 0.25, 2: 0.25}),
-                           (2, 2, {1: 1.0}),                       # 0 was followed by 1
-                           (2, 4, {1: 0.5, 2: 0.5}),
+                           (2, 2, {1: 1.0}), (2, 4, {1: 0.5, 2: 0.5}),              # after 0
                            (2, 3, {0: 0.5, 1: 0.25, 2: 0.25}),     # after 2, new: backs off to single symbols
                            (2, 5, {0: 1.0}),                       # a string started with 0 before
                            (3, 6, {1: 1.0}),                       # a second string begins with 0: the first went on with 1
                            (2, 6, {1: 0.5, 2: 0.5}),               # and the 0 before a separator has no follower
                            (3, 7, {0: 1.0})):
         assert {a: round(p, 4) for a, p in enumerate(probs[n][t].tolist()) if p} == expected, (n, t)
-    for p in probs[1:]:
-        assert torch.allclose(p.sum(1), torch.ones(9))
+    assert all(torch.allclose(p.sum(1), torch.ones(9)) for p in probs[1:])
     assert torch.equal(toys.ngram(x[:5], 3), probs[3][:5])         # only the past is used
 
 
-def test_toys_brackets_are_balanced_and_asked_for():
+def test_toys_brackets_copy_repeat_and_recall_ask_what_they_say():
     far = 0
     for seed in range(40):
-        word, y, distance = toys.brackets(random.Random(seed), 96)
-        assert len(word) == len(y) == len(distance) == 96
+        rng = random.Random(seed)
+        x, y, d = toys.brackets(rng, 96)
+        assert len(x) == len(y) == len(d) == 96
         openers = []
-        for t, token in enumerate([*word, max(y[-1], 0)]):  # the last closer is an answer alone
+        for t, token in enumerate([*x, max(y[-1], 0)]):  # the last closer is an answer alone
             assert t == 0 or y[t - 1] == (token if token > 8 else -1)
             if token > 8:
                 opener, then = openers.pop()
-                assert token == opener + 8 and distance[t - 1] == t - then
+                assert token == opener + 8 and d[t - 1] == t - then
                 far += t - then >= 32
             elif token:
                 openers.append((token, t))
                 assert len(openers) <= 4
         assert not openers
-    assert far > 40
-
-
-def test_toys_copy_repeat_and_recall_ask_what_they_say():
-    for seed in range(30):
-        rng = random.Random(seed)
         x, y, d = toys.copy(rng, 80)
         asked = [t for t in range(80) if y[t] >= 0]
         assert len(asked) >= 8 and max(d) >= 9 and len(x) == len(y) == len(d) == 80 and asked[-1] == 79
@@ -2565,50 +2534,42 @@ def test_toys_copy_repeat_and_recall_ask_what_they_say():
         for t in range(80):
             assert (y[t] >= 0) == (8 <= x[t] < 24)
             if y[t] >= 0:
-                writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8]
-                assert y[t] == (x[writes[-1]] - 24) % 8 and d[t] == t - writes[-1]
+                *_, then = (s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8)
+                assert y[t] == (x[then] - 24) % 8 and d[t] == t - then
         for task, (make, vocabulary) in toys.TASKS.items():
             x, y, _ = make(rng, 70)
             assert 0 <= min(x) and max(*x, *y) < vocabulary, task
+    assert far > 40
 
 
 def test_toys_same_seed_same_data():
     for task in toys.TASKS:
         a, b, c, d = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5), (1, 6)))
         assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0]) and not torch.equal(a[0], d[0])
-    one, same, other = (toys.moons_batch(7, toys.Moons(seed=s))[0] for s in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    automata = toys.draw_automata(2, [5])[0]
-    one, same, other = (toys.Instances(automata, s, 64).x for s in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    automata, = toys.draw_automata(2, [5])
+    for draw in (lambda seed: toys.moons_batch(7, toys.Moons(seed=seed))[0], lambda seed: toys.Instances(automata, seed, 64).x):
+        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 # ---------------------------------------------------------------- moons
 
 def test_toys_moons_never_train_on_the_validation_ratios():
-    for heads in (1, 3):
-        rng = np.random.default_rng(0)
-        for _ in range(3000):
-            p = sorted(int(v) for v in toys.draw_periods(rng, toys.Moons(heads=heads)))
-            assert (p[0] * 2, p[0] * 3) != (p[1], p[2]), p
-            assert heads == 3 or 40 <= math.lcm(*p) <= 126
+    rng = np.random.default_rng(0)
+    for heads in [1, 3] * 3000:
+        p = sorted(int(v) for v in toys.draw_periods(rng, toys.Moons(heads=heads)))
+        assert (p[0] * 2, p[0] * 3) != (p[1], p[2]) and (heads == 3 or 40 <= math.lcm(*p) <= 126), p
     assert toys.VALIDATION not in toys.PUBLISHED and len(set(toys.PUBLISHED)) == 8
 
 
-def moons_solution(heads, scale=6.0):
+def moons_solution(heads):
     """The paper's analytic solution: identity matrices, here with a narrower kernel."""
-    net = toys.MoonsNet(toys.Moons(heads=heads))
-    with torch.no_grad():
-        for w in (net.phi, net.psi, net.z):
-            w.zero_()
-            w[range(3), range(3), 0] = 1.0
-        net.phi *= scale
+    net, eye = toys.MoonsNet(toys.Moons(heads=heads)), torch.view_as_real(torch.eye(3) + 0j)
+    net.phi.data, net.psi.data, net.z.data = 6 * eye, eye, eye
     return net
 
 
 def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
-    periods = np.array([[8, 12, 20]] * 4)         # lcm 120
-    x = toys.orbits(np.random.default_rng(1), periods, 200)
+    x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]] * 4), 200)  # lcm 120
     assert torch.allclose(x.abs(), torch.ones(4, 200, 3)) and torch.allclose(x[:, 0], x[:, 120], atol=1e-4)
     three = moons_solution(3).rollout_error(x, [7, 19, 21, 100, 130], 25)
     one = moons_solution(1).rollout_error(x, [21, 100, 121, 130], 25)
@@ -2616,13 +2577,17 @@ def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
     assert one[:2].min() > 0.3 and one[2:].max() < 0.01, one
 
 
+@torch.no_grad()
 def test_toys_moons_is_strictly_causal():
     """The prediction of x_42 is that of the definition written out: it reads values that peek one step, but not x_42."""
     net = moons_solution(3)
     x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]]), 60)
     x[:, 40:] = torch.exp(1j * torch.rand(1, 20, 3) * 6)
     alone = torch.zeros(1), torch.tensor([40])    # no sharpening; of x_2, x_3, … x_42 alone counts
-    expected = net_prediction(net, x[:, :42])
+    phi, psi, z = net.matrices()
+    k, v = (torch.view_as_real(x[0, :42] @ w.T) for w in (phi, psi))  # (42,3,2): three heads
+    y = torch.stack([(net.cfg.beta * (k[:-1, h] @ k[-1, h])).softmax(0) @ v[1:, h] for h in range(3)])
+    expected = torch.view_as_complex(y) @ z.T
     with mock.patch.object(toys, "LOSS_CLIP", 100.0):
         for sign in (1, -1):                      # the same prediction, whatever x_42 is
             x[:, 42] *= sign
@@ -2632,37 +2597,22 @@ def test_toys_moons_is_strictly_causal():
         assert abs(net(x[:, :43], *alone).item() - loss / 2) < 1e-6
 
 
-def net_prediction(net, x):
-    """The next observation after x (1,n,3), by the definition written out."""
-    phi, psi, z = net.matrices()
-    n, D = x.size(1), 6 // net.cfg.heads
-    with torch.no_grad():
-        k = torch.view_as_real(x[0] @ phi.T).reshape(n, net.cfg.heads, D)
-        v = torch.view_as_real(x[0] @ psi.T).reshape(n, net.cfg.heads, D)
-        y = torch.zeros(net.cfg.heads, D)
-        for h in range(net.cfg.heads):
-            weight = (net.cfg.beta * (k[:n - 1, h] @ k[n - 1, h])).softmax(0)
-            y[h] = weight @ v[1:, h]
-        return torch.view_as_complex(y.reshape(3, 2)) @ z.T
-
-
 def test_toys_disentangled_needs_one_moon_a_head_everywhere():
-    eye, swap = torch.eye(3), torch.eye(3)[[1, 0, 2]]
-    assert toys.disentangled(swap, swap, swap.T)[0] and toys.disentangled(3 * eye, 2 * eye, eye)[0]
-    assert not toys.disentangled(swap, eye, eye)[0]                       # keys of one moon, values of another
-    cycle = torch.eye(3)[[1, 2, 0]]
-    assert toys.disentangled(cycle, cycle, cycle.T)[0] and not toys.disentangled(cycle, cycle, cycle)[0]
-    assert not toys.disentangled(torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]].T)[0]
+    eye, swap, cycle, twice = (torch.eye(3)[rows] for rows in ([0, 1, 2], [1, 0, 2], [1, 2, 0], [0, 0, 2]))
+    for matrices in ((swap, swap, swap.T), (3 * eye, 2 * eye, eye), (cycle, cycle, cycle.T)):
+        assert toys.disentangled(*matrices)[0], matrices
+    for matrices in ((swap, eye, eye), (cycle, cycle, cycle), (twice, twice, twice.T)):  # first: keys and values of two moons
+        assert not toys.disentangled(*matrices)[0], matrices
     ok, share = toys.disentangled(eye, eye + 0.3 * (1 - eye), eye)
     assert not ok and abs(share - 1 / 1.18) < 1e-5
 
 
 def test_toys_moons_converges():
-    with tempfile.TemporaryDirectory() as out:
+    with folder() as out:
         status, text, err = call(toys.main, "moons", "--heads=3", "--T=160", "--skip=60", "--steps=220", "--sequences=16",
                                  "--jobs=1", f"--out_dir={out}")
-        result = json.loads(Path(out, "moons", "3-steps=220-T=160-skip=60-sequences=16-s1", "result.json").read_text())
-        assert status == 0 and {p.name for p in Path(out).glob("*.png")} == {"moons.png", "moons-matrices.png"}, err
+        result = json.loads((out / "moons/3-steps=220-T=160-skip=60-sequences=16-s1/result.json").read_text())
+        assert status == 0 and {p.name for p in out.glob("*.png")} == {"moons.png", "moons-matrices.png"}, err
     first, _, _, known, _ = result["stairs"]
     assert result["disentangled"] and first > 0.5 and known < 0.08, (result["smallest_share"], result["stairs"])
     assert f"{first:.3f} |" in text and "1/1" in text
@@ -2686,8 +2636,7 @@ def test_toys_bad_flags_are_one_line():
 
 
 def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_layer_too():
-    for name, settings in toys.LENGTH_MODELS.items():
-        assert analyze.condition(settings).split()[0] == name
+    assert all(analyze.condition(settings).split()[0] == name for name, settings in toys.LENGTH_MODELS.items())
     assert [toys.Length(model="local").architecture().window_of(i) for i in range(2)] == [16, 16]
     assert toys.Length(model="global").architecture().window_of(1) is None
     changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]
@@ -2697,22 +2646,21 @@ def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_l
 
 
 def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_runs_are_skipped():
-    with tempfile.TemporaryDirectory() as out:
+    with folder() as out:
         flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=2",
                  f"--out_dir={out}"]
         assert [(c.model, c.seed) for c in toys.plan(flags)] == [("local", 1), ("local", 2), ("deltanet", 1), ("deltanet", 2)]
         done = subprocess.run([sys.executable, toys.__file__, *flags], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "4/4  recall-" in done.stdout and "[recall-" not in done.stdout.split("4/4")[1] and "skipped" not in done.stdout
-        made = sorted(Path(out, "length").glob("*/result.json"))
-        results = [json.loads(path.read_text()) for path in made]
+        made = sorted(out.glob("length/*/result.json"))
+        r, *_ = [json.loads(path.read_text()) for path in made]
         made[0].unlink()
         status, text, err = call(toys.main, *flags, "--jobs=1")
         assert status == 0 and "3 of 4 runs are finished already" in text, err
-        assert json.loads(made[0].read_text())["accuracy"] == results[0]["accuracy"]  # a function of the settings alone
-        assert Path(out, "recall.png").read_bytes()[:4] == b"\x89PNG"
+        assert json.loads(made[0].read_text())["accuracy"] == r["accuracy"]  # a function of the settings alone
+        assert (out / "recall.png").read_bytes()[:4] == b"\x89PNG"
     assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "local 0." in text
-    r = results[0]
     assert len(made) == 4 and made[0].parent.name == r["name"] and (r["toy"], r["config"]["model"], r["seed"]) == ("length", "deltanet", 1)
     assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])
     assert r["state_bytes"][0] == r["state_bytes"][-1]  # the delta rule's state does not grow
@@ -2722,58 +2670,53 @@ def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_
 def test_toys_length_counts_the_last_tokens_and_all_distances():
     """Every answer is 0. One model gives it but in the last T tokens, the other only there."""
     def batch(task, rows, T, *seed):
-        return torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int64), torch.arange(1, T + 1).expand(rows, T)
+        return *torch.zeros(2, rows, T, dtype=torch.int64), torch.arange(1, T + 1).expand(rows, T)
 
     cfg = toys.Length(T=32, test_rows=2, window=16)
-    for wrong_at_the_end in (True, False):
+    for wrong_at_the_end, accuracy, by_distance, far in ((True, 0, [1, 1, 1, 1, 0.758], 193),
+                                                         (False, 1, [0, 0, 0, 0, 0.242], 32)):
         def stream(x):
             at_the_end = torch.arange(x.size(1)) >= x.size(1) - cfg.T
             return F.one_hot((at_the_end == wrong_at_the_end).long().expand(x.shape), 2).float(), None
         with recorded(length_batch=batch):
             r = toys.measure_length(SimpleNamespace(stream=stream), cfg)
-        assert r["accuracy"] == [0.0 if wrong_at_the_end else 1.0] * 4
+        assert r["accuracy"] == [accuracy] * 4 and abs(r["far_accuracy"] - far / 225) < 1e-6
         assert [b["distance"] for b in r["by_distance"]] == [[1, 15], [16, 31], [32, 63], [64, 127], [128, 255]]
         assert [b["asked"] for b in r["by_distance"]] == [30, 32, 64, 128, 256]
-        assert [round(b["accuracy"], 3) for b in r["by_distance"]] == ([1, 1, 1, 1, 0.758] if wrong_at_the_end else [0, 0, 0, 0, 0.242])
-        assert abs(r["far_accuracy"] - (193 if wrong_at_the_end else 32) / 225) < 1e-6
+        assert [round(b["accuracy"], 3) for b in r["by_distance"]] == by_distance
 
 
-def test_toys_length_tests_on_rows_that_were_not_trained_on():
-    with recorded(length_batch=toys.length_batch, fit=five_batches) as calls:
+def test_toys_train_on_every_automaton_once_an_epoch_and_test_on_what_was_not_trained_on():
+    five_batches = lambda model, batch_fn, cfg: [batch_fn(i) for i in range(5)]
+    with recorded(length_batch=toys.length_batch, Instances=toys.Instances, fit=five_batches) as calls:
         toys.length_job(toys.Length(T=32, batch_size=8, test_rows=8, **TOY_SHAPE))
-    trained = {tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()}
+        result = toys.regbench_job(toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **TOY_SHAPE | dict(steps=5)))
+    lengths, automata = ([tuple(row) for x, _ in batches for row in x.tolist()] for _, batches in calls["fit"])
     tested = [x for _, (x, _, _) in calls["length_batch"][5:]]
-    assert len(trained) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
-    assert not trained & {tuple(row) for row in tested[0].tolist()}
+    assert len(set(lengths)) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
+    assert not set(lengths) & set(map(tuple, tested[0].tolist()))
 
-
-def test_toys_regbench_trains_on_every_automaton_once_an_epoch_and_tests_on_others():
-    cfg = toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **TOY_SHAPE)
-    with recorded(Instances=toys.Instances, fit=five_batches) as calls:
-        result = toys.regbench_job(replace(cfg, steps=5))
-    made = calls["Instances"]
-    rows = [tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()]
-    assert len(rows) == 20 and len(set(rows[:10])) == 10 and set(rows[:10]) == set(rows[10:])
+    assert len(automata) == 20 and len(set(automata[:10])) == 10 and set(automata[:10]) == set(automata[10:])
     assert set(result) == {"ood", "valid", "iid", "parameters"}
-
     # By their seeds these are ood, valid, training and iid. All are the languages of one draw, without a repetition.
-    ood, valid, trained, iid = ({repr(a) for a in automata} for (automata, _, _), _ in sorted(made, key=lambda made: made[0][1]))
+    made = sorted((seed, {repr(a) for a in drawn}) for (drawn, seed, _), _ in calls["Instances"])
+    seeds, (ood, valid, trained, iid) = zip(*made)
     assert (len(ood), len(valid), len(trained), len(ood | valid | trained)) == (4, 4, 10, 18) and iid < trained
-    assert len({seed for (_, seed, _), _ in made}) == 4  # iid has other strings of these automata
+    assert len(set(seeds)) == 4  # iid has other strings of these automata
 
 
 def test_toys_regbench_report_chooses_on_the_validation_automata():
-    def result(lr, valid, ood):
+    results = []
+    for lr, valid, ood in ((0.001, 0.6, 0.9), (0.002, 0.8, 0.7), (0.004, 0.7, 0.95)):
         scores = {name: dict.fromkeys(toys.METRICS, value) for name, value in (("valid", valid), ("ood", ood), ("iid", 0.5))}
-        return dict(scores, config=vars(toys.RegBench(model="mosaic", automata=100, T=24, test_automata=4, lr=lr)), parameters=1)
-
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as text:
-        results = [result(0.001, 0.6, 0.9), result(0.002, 0.8, 0.7), result(0.004, 0.7, 0.95)]
+        cfg = toys.RegBench(model="mosaic", automata=100, T=24, test_automata=4, lr=lr)
+        results.append(dict(scores, config=vars(cfg), parameters=1))
+    with folder() as out, contextlib.redirect_stdout(io.StringIO()) as text:
         for order in (results, results[::-1]):
-            (experiment, said, here), = toys.report_regbench(order, Path(out))
+            (experiment, said, here), = toys.report_regbench(order, out)
             assert experiment == "regbench, mosaic, lr=0.002, 100 automata" and here == "0.700 / 0.700" and "0.925 / 0.57" in said
-        assert json.loads(Path(out, "regbench", "baselines.json").read_text())["ood"].keys() >= {"uniform", "3-gram"}
-        assert Path(out, "regbench.png").read_bytes()[:4] == b"\x89PNG" and "RetNet 0.876" in text.getvalue()
+        assert json.loads((out / "regbench/baselines.json").read_text())["ood"].keys() >= {"uniform", "3-gram"}
+        assert (out / "regbench.png").read_bytes()[:4] == b"\x89PNG" and "RetNet 0.876" in text.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
