@@ -2722,38 +2722,39 @@ def test_toys_regbench_report_chooses_on_the_validation_automata():
 # ----------------------------------------------------------------------------------------------------------------------
 # analyze.py: the statistics against hand-worked numbers and scipy, the reader against broken files
 
-LN2 = math.log(2)
-
-
 def result(memory="none", window="SSSL", seed=1, bpb=1.0, T=512, curve=None, **more):
     """A result file as train.py writes it; `curve`: bpb per 64-token bucket (default flat)."""
     curve = [bpb] * (T // 64) if curve is None else list(curve)
-    nbytes = [1000.0] * len(curve)
-    nats = [b * LN2 * n for b, n in zip(curve, nbytes)]
-    config = {"memory": memory, "window": window, "max_seq_len": T, "memory_layers": "all", "lr": 0.01, "rmt_tokens": 16,
-              "seed": seed, "device": "cpu", "log_every": 10, **more.pop("config", {})}
-    return {"memory": memory, "window": window, "preset": "laptop", "seed": seed, "max_seq_len": T, "config": config,
-            "dataset": "python", "data_sha256": "ab", "val_bpb": bpb, "val_loss": bpb, "train_tokens": 1_000_000,
-            "total_params": 1_000_000, "memory_params": 0, "flops_per_token": 6e6, "state_bytes": 65536,
-            "total_time_min": 3.0, "tokens_per_second": 5000.0, "peak_vram_mib": None, "device": "cpu", "versions": {},
-            "bpb_by_position": {"bucket": 64, "positions": list(range(0, 64 * len(curve), 64)), "nats": nats, "bytes": nbytes,
-                                "bpb": curve}, **more}
+    named = dict(memory=memory, window=window, max_seq_len=T, seed=seed, device="cpu")
+    config = named | dict(memory_layers="all", lr=0.01, rmt_tokens=16, log_every=10) | more.pop("config", {})
+    by_position = dict(bucket=64, positions=list(range(0, 64 * len(curve), 64)), nats=[1000 * math.log(2) * b for b in curve],
+                       bytes=[1000.0] * len(curve), bpb=curve)
+    return named | dict(preset="laptop", config=config, dataset="python", data_sha256="ab", val_bpb=bpb, train_tokens=1_000_000,
+                        total_params=1_000_000, memory_params=0, flops_per_token=6e6, state_bytes=65536, total_time_min=3.0,
+                        tokens_per_second=5000.0, peak_vram_mib=None, bpb_by_position=by_position) | more
 
 
-def write(folder, name, content):
-    path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
+def of_seeds(*seeds, **settings):
+    return [result(seed=seed, **settings) for seed in seeds]
+
+
+@contextlib.contextmanager
+def stored(files):
+    """-> a folder with these files: path below it -> text, bytes, or what is written as JSON"""
+    with folder() as root:
+        for name, content in files.items():
+            content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        yield root
 
 
 def cells_of(*results, by=()):
-    with tempfile.TemporaryDirectory() as d:
-        for i, r in enumerate(results):
-            write(d, f"{i:03}/result.json", r)
-        runs, skipped, _ = analyze.read_all([d])
-        assert not skipped, skipped
-        return analyze.make_cells(runs, by)
+    with stored({f"{i:03}/result.json": r for i, r in enumerate(results)}) as root:
+        runs, skipped, _ = analyze.read_all([root])
+    assert not skipped, skipped
+    return analyze.make_cells(runs, by)
 
 
 def rows_of(table):
@@ -2776,15 +2777,17 @@ def test_condition_has_one_name_and_one_look():
     assert set(analyze.LOOKS) == set(analyze.CONDITIONS) and set(MEMORIES) - {"none"} <= set(analyze.LOOKS)
 
 
-def test_table_is_aligned_markdown():
+def test_table_is_aligned_markdown_and_numbers_are_short():
     text = analyze.table(["name", "x", "n"], [["a longer name", 1 / 3, None], ["b", 12.0, 7]])
     assert text.splitlines() == ["| name          |       x |   n |", "| ------------- | ------: | --: |",
                                  "| a longer name |  0.3333 |   - |", "| b             | 12.0000 |   7 |"]
     assert analyze.table(["a", "b"], [["x", "y"]], left=2).splitlines()[1] == "| --- | --- |"
     assert analyze.table(["a"], []) == "" and text.endswith("|\n")
+    assert [analyze.human(x) for x in (0, 0.5, 999.4, 999.9, 12345, 999_600, 2_097_176, -4000, 1e25)] == [
+        "0", "0.5", "999", "1k", "12.3k", "1M", "2.1M", "-4k", "1e+04Z"]
 
 
-def test_paired_uses_only_shared_seeds():
+def test_paired_uses_only_shared_seeds_and_sign_flip_is_exact():
     p = analyze.paired({1: 1.0, 2: 2.0, 3: 4.0, 9: 99.0}, {3: 3.0, 2: 1.5, 1: 0.9, 7: -50.0})
     assert p.seeds == [1, 2, 3] and np.allclose(p.diffs, [0.1, 0.5, 1.0])
     ref = stats.ttest_rel([1.0, 2.0, 4.0], [0.9, 1.5, 3.0])
@@ -2796,8 +2799,6 @@ def test_paired_uses_only_shared_seeds():
     same = analyze.paired({1: 2.0, 2: 3.0, 3: 4.0}, {1: 1.0, 2: 2.0, 3: 3.0})
     assert math.isnan(same.p_t) and same.mean == 1.0 and same.p_flip == 0.25
 
-
-def test_sign_flip_is_exact():
     assert analyze.sign_flip([1.0, 2.0, 3.0]) == 0.25                    # 2 of 8: all + and all -
     assert analyze.sign_flip([1.0, 2.0, 3.0, -1.0]) == 6 / 16            # |sum| >= 5: hand-counted
     assert analyze.sign_flip([0.1, 0.2, 0.3, -0.3, -0.3]) == 1.0         # a sum of 0, but for rounding, is always reached
@@ -2810,11 +2811,9 @@ def test_sign_flip_is_exact():
 
 
 def test_holm():
-    assert analyze.holm([]) == []
-    assert np.allclose(analyze.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert np.allclose(analyze.holm([0.5, 0.9, 0.8]), [1.0, 1.0, 1.0])
-    got = analyze.holm([0.02, math.nan, 0.01])                           # a test not made is not in the family
-    assert np.allclose([got[0], got[2]], [0.02, 0.02]) and math.isnan(got[1])
+    for raw, adjusted in (([], []), ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]), ([0.5, 0.9, 0.8], [1.0, 1.0, 1.0]),
+                          ([0.02, math.nan, 0.01], [0.02, math.nan, 0.02])):  # a test not made is not in the family
+        assert np.allclose(analyze.holm(raw), adjusted, equal_nan=True), raw
     # in the table each kind of test has its own correction, in brackets
     noise = np.random.default_rng(0).normal(0, 0.01, (6, 4))
     conditions = [("none", "SSSL", 1.0), ("none", "L", 0.99), ("ttt", "SSSL", 0.9), ("knn", "SSSL", 1.001)]
@@ -2826,7 +2825,7 @@ def test_holm():
         assert np.allclose(analyze.holm(raw), adjusted, rtol=0.02), (column, rows)
 
 
-def test_closure_edges():
+def test_closure_at_its_edges_and_how_often_its_interval_holds_the_truth():
     ratio, lo, hi = analyze.closure([2.0, 2.2, 1.8, 2.0], [4.0, 4.1, 3.9, 4.0])
     assert math.isclose(ratio, 0.5) and lo < 0.5 < hi
     assert analyze.closure([1.0, 1.0], [2.0, 2.1]) == analyze.NOT_ENOUGH
@@ -2837,10 +2836,7 @@ def test_closure_edges():
     # constant D: the ratio is a mean, and the interval has to be its t interval
     G = np.array([1.0, 1.5, 1.2, 0.9, 1.6])
     assert np.allclose(analyze.closure(G, np.full(5, 2.0)), np.array(analyze.t_interval(G)) / 2, rtol=0.03)
-
-
-def test_bootstrap_coverage():
-    """The 95% interval of a known closure, on simulated seeds that share the noise of their local run."""
+    # the 95% interval of a known closure, on simulated seeds that share the noise of their local run
     for n in (3, 5, 8):
         rng, hits = np.random.default_rng(n), []
         for _ in range(400):
@@ -2852,8 +2848,7 @@ def test_bootstrap_coverage():
 
 def test_null_correlation():
     """Three independent noises: r is near 0.5, the null says so, and split seeds see nothing."""
-    rng = np.random.default_rng(0)
-    answers = []
+    rng, answers = np.random.default_rng(0), []
     for _ in range(40):
         r, null, split = analyze.gain_deficit(*rng.normal(size=(3, 4, 64)))
         assert len(null) == 7                                            # 2^(4-1) choices of signs, less the zero one
@@ -2870,76 +2865,61 @@ def test_null_correlation():
     assert math.isnan(analyze.corr([1.0, 1.0], [1.0, 2.0]))
 
 
-def test_numbers_are_short():
-    assert [analyze.human(x) for x in (0, 0.5, 999.4, 999.9, 12345, 999_600, 2_097_176, -4000, 1e25)] == [
-        "0", "0.5", "999", "1k", "12.3k", "1M", "2.1M", "-4k", "1e+04Z"]
-
-
 def test_pareto():
     points = [(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (4, 1), (0.5, 9), (5, 0.5)]
     assert analyze.pareto(points) == [0, 1, 4, 5, 6, 7]                  # (3,4) loses to (2,4), (2,6) to (1,5); ties stay
-    cloud = np.random.default_rng(0).normal(size=(60, 2)).tolist()
-    best, low = set(), math.inf
+    cloud, low = np.random.default_rng(0).normal(size=(60, 2)).tolist(), math.inf
+    best = set(analyze.pareto(cloud))
     for i in sorted(range(60), key=lambda i: cloud[i]):                  # the other way: sort by cost, keep new minima
-        if cloud[i][1] < low:
-            best, low = best | {i}, cloud[i][1]
-    assert set(analyze.pareto(cloud)) == best
+        assert (i in best) == (cloud[i][1] < low)
+        low = min(low, cloud[i][1])
 
 
 def test_matched_compute():
     log = [{"step": s, "seconds": 60.0 * s, "tokens": 1000 * s, "val_bpb": b} for s, b in ((1, 3.0), (4, 2.0), (16, 1.0))]
     log += [{"step": 17, "train_loss": 1.0}, {"step": 18, "tokens": 18000, "seconds": None, "val_bpb": math.nan}]
     twice = [dict(e, seconds=2 * e["seconds"]) for e in log[:2]]
-    fast = [result(seed=s, bpb=1.0, log=log) for s in (1, 2, 3)]
-    slow = [result("ttt", seed=s, bpb=1.5, log=twice) for s in (1, 2, 3)]
-    cells, _ = cells_of(*fast, *slow)
-    run = cells[0].runs[1]
-    assert analyze.at_budget(run, "minutes", 4.0) == 2.0 and math.isclose(analyze.at_budget(run, "minutes", 8.0), 1.5)
-    assert math.isclose(analyze.at_budget(run, "flops", 6e6 * 2000), 2.5)
-    assert math.isnan(analyze.at_budget(run, "minutes", 17.0)) and math.isnan(analyze.at_budget(run, "minutes", 0.5))
+    runs = of_seeds(1, 2, 3, log=log) + of_seeds(1, 2, 3, memory="ttt", bpb=1.5, log=twice)
+    cells, _ = cells_of(*runs)
+    for cost, budget, bpb in (("minutes", 4.0, 2.0), ("minutes", 8.0, 1.5), ("flops", 6e6 * 2000, 2.5), ("minutes", 17.0, math.nan),
+                              ("minutes", 0.5, math.nan)):
+        assert np.isclose(analyze.at_budget(cells[0].runs[1], cost, budget), bpb, 1e-9, 0, equal_nan=True), (cost, budget)
     # the common budgets are what ttt reached: 4000 tokens (both at 2.0) and 8 minutes (1.5 against 2.0)
     assert [row[1:] for row in rows_of(analyze.matched_table(cells)) if row[2] == "ttt"] == [
         ["24G FLOPs", "ttt", "3", "2.00000", "local", "+0.00 [+0.00, +0.00]"],
         ["8 minutes", "ttt", "3", "2.00000", "local", "+500.00 [+500.00, +500.00]"]]
     assert analyze.matched_table(cells_of(result(), result("ttt"))[0]) == ""      # no log: no table
-    late, _ = cells_of(*fast, *slow, result("knn", bpb=1.0, log=log[2:]))         # none of it within the budget: said, not left out
+    late, _ = cells_of(*runs, result("knn", log=log[2:]))                         # none of it within the budget: said, not left out
     knn = [row[3:5] for row in rows_of(analyze.matched_table(late)) if row[2] == "knn"]
     assert knn == [["0", "first evaluated later"]] * 2
 
 
-def test_cells_pairs_and_repeats():
-    runs = [result(seed=s, bpb=1 + s / 100) for s in (1, 2, 3)] + [result(window="L", seed=s, bpb=0.9) for s in (2, 3, 4, 5)]
-    runs += [result(seed=2, bpb=0.5)]                                    # seed 2 again, and better: must not count
-    cells, repeats = cells_of(*runs)
+def test_cells_pairs_repeats_mixtures_and_baselines():
+    runs = [result(seed=s, bpb=1 + s / 100) for s in (1, 2, 3)] + of_seeds(2, 3, 4, 5, window="L", bpb=0.9)
+    cells, repeats = cells_of(*runs, result(seed=2, bpb=0.5))            # seed 2 again, and better: must not count
     assert [(c.label, sorted(c.runs)) for c in cells] == [("local", [1, 2, 3]), ("global", [2, 3, 4, 5])]
     assert cells[0].runs[2].bpb == 1.02 and len(repeats) == 1 and "520.00 mBPB" in repeats[0]
     assert analyze.paired(cells[0].bpb(), cells[1].bpb()).seeds == [2, 3]
     assert rows_of(analyze.mechanism_table(cells)) == [["512", "global", "local", "2", analyze.NOT_ENOUGH, "-", "-"]]
-
-
-def test_mixed_cell_is_an_error():
-    mixtures = ((dict(config={"lr": 0.02}), ("lr is 0.01", "0.02", "--by=lr")), (dict(data_sha256="cd"), ("data_sha256",)),
-                (dict(train_tokens=5), ("train_tokens",)))
-    for other, words in mixtures:
-        raises(analyze.UserError, lambda: cells_of(result(seed=1), result(seed=2, **other)), *words)
-    cells, _ = cells_of(result(seed=1), result(seed=2, config={"lr": 0.02}), by=["lr"])
+    # configurations don't mix in a cell
+    faster = result(seed=2, config={"lr": 0.02})
+    for other, *words in ((faster, "lr is 0.01", "0.02", "--by=lr"), (result(seed=2, data_sha256="cd"), "data_sha256"),
+                          (result(seed=2, train_tokens=5), "train_tokens")):
+        raises(analyze.UserError, lambda: cells_of(result(), other), *words)
+    cells, _ = cells_of(result(), faster, by=["lr"])
     assert [c.label for c in cells] == ["local lr=0.01", "local lr=0.02"]
     # what says only how it was run, belongs to another memory, or is a pattern that no layer follows, is no mixture
     for memory, other in (("none", {"device": "cuda", "log_every": 1, "rmt_tokens": 0}), ("ttt", {"window": "L"})):
-        cells, _ = cells_of(result(memory, seed=1), result(memory, seed=2, config=other))
-        assert len(cells) == 1 and len(cells[0].runs) == 2
+        (cell,), _ = cells_of(result(memory), result(memory, seed=2, config=other))
     # RMT without memory tokens is RMT's own baseline, not a mixture
     cells, _ = cells_of(*(result("rmt", seed=s, config={"rmt_tokens": m}) for s in (1, 2, 3) for m in (0, 16)))
     assert [c.label for c in cells] == ["rmt", "rmt-0"]
     assert [row[1:4] for row in rows_of(analyze.mechanism_table(cells))] == [["rmt", "rmt-0", "3"]]
-
-
-def test_baseline_is_the_most_similar():
-    cells, _ = cells_of(*(result(m, seed=s, config={"n_layer": n}) for m in ("none", "ttt") for s in (1, 2, 3) for n in (2, 4)),
-                        by=["n_layer"])
-    ttt4 = next(c for c in cells if c.label == "ttt n_layer=4")
-    assert analyze.baseline(ttt4, cells, "local").label == "local n_layer=4"
-    unequal, _ = cells_of(result(seed=1), result("ttt", seed=1, config={"lr": 0.5}))
+    # of several baselines the most similar is taken, and what differs is said
+    cells, _ = cells_of(*(result(m, config={"n_layer": n}) for m in ("none", "ttt") for n in (2, 4)), by=["n_layer"])
+    assert cells[3].label == "ttt n_layer=4"
+    assert analyze.baseline(cells[3], cells, "local").label == "local n_layer=4"
+    unequal, _ = cells_of(result(), result("ttt", config={"lr": 0.5}))
     assert "\n- ttt and local: lr\n" in analyze.mechanism_table(unequal)
 
 
@@ -2947,14 +2927,12 @@ def test_buckets_recombine():
     rng = np.random.default_rng(0)
     nats, nbytes = rng.uniform(50, 300, 8), rng.integers(50, 400, 8).astype(float)
     nbytes[3], nats[3] = 0, 0                                            # a bucket of special tokens only
-    d = {"positions": list(range(0, 512, 64)), "nats": nats.tolist(), "bytes": nbytes.tolist(), "bpb": [0.0] * 8}
-    curve, n_bytes, total = analyze.read_curve(d)
-    assert math.isclose(total, nats.sum() / LN2 / nbytes.sum()) and 192 not in curve and len(curve) == len(n_bytes) == 7
+    curve, n_bytes, total = analyze.read_curve(dict(positions=list(range(0, 512, 64)), nats=nats.tolist(), bytes=nbytes.tolist()))
+    assert math.isclose(total, nats.sum() / math.log(2) / nbytes.sum()) and 192 not in curve and len(curve) == len(n_bytes) == 7
     values = list(curve.values())
     assert math.isclose(total, np.average(values, weights=n_bytes)) and abs(total - np.mean(values)) > 1e-3
     for last, words in ((1.25, "recombine to val_bpb."), (1.30, "do not recombine")):
-        cells, _ = cells_of(*(result(bpb=1.0, seed=s, curve=[1.5, 0.5, 0.75, last]) for s in (1, 2)))
-        assert words in analyze.recombination(cells)
+        assert words in analyze.recombination(cells_of(*of_seeds(1, 2, curve=[1.5, 0.5, 0.75, last]))[0])
 
 
 def test_position_deficit_gain_closure():
@@ -2963,15 +2941,13 @@ def test_position_deficit_gain_closure():
     for s in range(1, 6):
         for memory, window, level in (("none", "SSSL", 1.2), ("none", "L", 1.0), ("ttt", "SSSL", 1.1)):
             runs.append(result(memory, window, s, curve=np.array([1.0] * 4 + [level] * 4) + rng.normal(0, 1e-4, 8)))
-    runs.append(result("ttt", seed=6))                                   # no partner: left out
-    cells, _ = cells_of(*runs)
+    cells, _ = cells_of(*runs, result("ttt", seed=6))                    # it has no partner, and is left out
     (c, positions, L, M, F), = analyze.position_curves(cells)
     assert c.label == "ttt" and L.shape == M.shape == F.shape == (5, 8) and positions == list(range(0, 512, 64))
     (row,) = rows_of(analyze.position_table(cells))
     D, G, share = (float(x.split(" ")[0]) for x in row[3:6])
     assert row[2] == "5" and abs(D - 100) < 0.2 and abs(G - 50) < 0.2 and share == 0.5, row
-    runs[2] = result("ttt", seed=1, curve=[1.0] * 8)                     # measured on other tokens: doesn't compare
-    runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)
+    runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)                 # measured on other tokens: doesn't compare
     (_, _, L, M, F), = analyze.position_curves(cells_of(*runs)[0])
     assert L.shape == (4, 8)
 
@@ -2981,120 +2957,104 @@ def test_broken_files_are_named_skipped_and_counted():
     bad = {"cut": json.dumps(result())[:200], "empty": "", "list": "[1, 2]", "nothing": "{}", "noseed": result(seed=None),
            "nobpb": {k: v for k, v in result().items() if k != "val_bpb"}, "nan": result(bpb=math.nan, curve=[1.0]),
            "text": result() | {"val_bpb": "1.0"}, "lengths": result() | {"bpb_by_position": short},
-           "curve": result() | {"bpb_by_position": {"x": 1}}, "config": result() | {"config": 3}, "binary": ""}
-    with tempfile.TemporaryDirectory() as d:
-        for s in (1, 2, 3):
-            write(d, f"a/{s}/result.json", result(seed=s))
-        for name, content in bad.items():
-            write(d, f"bad/{name}/result.json", content)
-        Path(d, "bad/binary/result.json").write_bytes(b"\xff\xfe\x00{")
-        # no errors: JSON of another kind, what eval.py measured on a run already read, a toy's result
-        write(d, "other.json", {"hello": 1})
-        write(d, "a/1/eval_bpb.json", result(seed=9))
-        write(d, "toy/result.json", result(seed=9) | {"toy": "length"})
-        status, out, err = call(analyze.main, d, f"--out={d}/report")
-        text = Path(d, "report/REPORT.md").read_text()
+           "curve": result() | {"bpb_by_position": {"x": 1}}, "config": result() | {"config": 3}, "binary": b"\xff\xfe\x00{"}
+    # no errors: JSON of another kind, what eval.py measured on a run already read, a toy's result
+    other = {"other.json": {"hello": 1}, "a/1/eval_bpb.json": result(seed=9), "toy/result.json": result(seed=9) | {"toy": "length"}}
+    files = {f"bad/{name}/result.json": content for name, content in bad.items()}
+    with stored(other | files | {f"a/{s}/result.json": result(seed=s) for s in (1, 2, 3)}) as root:
+        status, out, err = call(analyze.main, root, f"--out={root}/report")
+        text = (root / "report/REPORT.md").read_text()
         assert status == 1 and f"{len(bad)} files skipped" in out, (status, out, err)
-        for name in bad:
-            assert f"bad/{name}/result.json: " in err and f"bad/{name}/result.json: " in text, name
+        for name in files:
+            assert f"{name}: " in err and f"{name}: " in text, name
         assert "3 runs in 1 conditions; 12 files skipped" in text and "3 other JSON files ignored" in text
-        assert call(analyze.main, f"{d}/a", f"--out={d}/report")[0] == 0
+        assert call(analyze.main, root / "a", f"--out={root}/report")[0] == 0
 
 
 def test_bad_input_to_analyze_is_one_line():
-    with tempfile.TemporaryDirectory() as d:
-        write(d, "bad/result.json", "{")
-        write(d, "mixed/1/result.json", result(seed=1))
-        write(d, "mixed/2/result.json", result(seed=2, config={"lr": 1.0}))
-        Path(d, "empty").mkdir()
-        write(d, "file", "")
-        cases = (([f"{d}/missing"], "missing is not a folder"), ([f"{d}/bad"], "the first of 1 skipped"),
-                 ([f"{d}/empty"], "expected <run>/result.json"), ([f"{d}/mixed"], "mixes configurations"),
-                 ([f"{d}/mixed", "--colour=red"], "--colour=red"), ([], "folders"),
-                 ([f"{d}/mixed", "--by=lr", f"--out={d}/file"], "file"), ([f"{d}/mixed", "--by=lr,n_layers"], "--by=n_layers"))
-        for argv, words in cases:
+    with stored({"bad/result.json": "{", "mixed/1/result.json": result(), "mixed/2/result.json": result(seed=2, config={"lr": 1.0}),
+                 "empty/x": "", "file": ""}) as root:
+        for argv, words in (("/missing", "missing is not a folder"), ("/bad", "the first of 1 skipped"), ("", "folders"),
+                            ("/empty", "expected <run>/result.json"), ("/mixed", "mixes configurations"),
+                            ("/mixed --colour=red", "--colour=red"), ("/mixed --by=lr --out=/file", "file"),
+                            ("/mixed --by=lr,n_layers", "--by=n_layers")):
+            argv = argv.replace("/", f"{root}/").split()
             refused(analyze.main, argv, words)
             assert not call(analyze.main, *argv)[1]
         status, out, _ = call(analyze.main, "--help")
         assert status == 0 and "--by" in out and "--out" in out
 
 
-def peer(mechanism, seed, bpb, T=None, window=None, level=1.0):
-    """memory-bench's schema, as its published files have it."""
-    d = {"mechanism": mechanism, "depth": 12, "seed": seed, "val_bpb": bpb, "total_params": 286261730, "memory_params": 0,
-         "total_time_min": 5.4 + seed / 100, "peak_vram_mib": 29659.3, "flops_per_step": 398299446116352,
-         "total_flops": 1003714604213207040}
-    if T:
-        d |= {"max_seq_len": T, "window_pattern": window}
-    buckets = {f"{i}-{i + 64}": {"center_position": i + 32.0, "bpb": level + i * 1e-6} for i in range(0, T or 2048, 64)}
-    return d | {"bpb_by_position": {"task": "bpb_by_position", "buckets": buckets, "overall_mean_bpb": level}}
-
-
 def test_peer_schema():
-    with tempfile.TemporaryDirectory() as d:
-        for s in (42, 67, 1337):
-            write(d, f"baseline_d12_s{s}.json", peer("baseline", s, 0.84 + s * 1e-6))
-            write(d, f"baseline_d12_t2048_wL_s{s}.json", peer("baseline", s, 0.83, 2048, "L", level=0.9))
-            write(d, f"persistent_d12_s{s}.json", peer("persistent-32", s, 0.82, level=0.95))
-            write(d, f"rmt_d12_s{s}.json", peer(f"rmt-m{32 if s == 67 else 16}-s512", s, 0.88))
-        write(d, "baseline_d12_t2048_s42.json", peer("baseline", 42, 0.7, 2048, "SSSL"))
-        write(d, "statistical_tests_4seed.json", {"persistent": {"n_pairs": 4}})
-        runs, skipped, others = analyze.read_all([d])
+    files = {"statistical_tests_4seed.json": {"persistent": {"n_pairs": 4}}}
+    for mechanism, bpb, level, window, seeds in (
+            ("baseline", 0.84, 1.0, None, (42, 67, 1337)), ("baseline", 0.83, 0.9, "L", (42, 67, 1337)), ("baseline", 0.7, 1.0, "SSSL", (42,)),
+            ("persistent-32", 0.82, 0.95, None, (42, 67, 1337)), ("rmt-m16-s512", 0.88, 1.0, None, (42, 1337)),
+            ("rmt-m32-s512", 0.88, 1.0, None, (67,))):
+        buckets = {f"{i}-{i + 64}": {"center_position": i + 32.0, "bpb": level + i * 1e-6} for i in range(0, 2048, 64)}
+        for seed in seeds:                                               # as its published files have it
+            files[f"{mechanism}_d12_w{window}_s{seed}.json"] = dict(
+                mechanism=mechanism, depth=12, seed=seed, val_bpb=bpb + seed * 1e-6, total_params=286261730, memory_params=0,
+                total_time_min=5.4 + seed / 100, peak_vram_mib=29659.3, flops_per_step=398299446116352, total_flops=1003714604213207040,
+                bpb_by_position=dict(task="bpb_by_position", buckets=buckets, overall_mean_bpb=level),
+                **(dict(max_seq_len=2048, window_pattern=window) if window else {}))
+    with stored(files) as root:
+        runs, skipped, others = analyze.read_all([root])
         cells, repeats = analyze.make_cells(runs)
         assert not skipped and len(others) == 1 and len(repeats) == 1
         assert [(c.label, c.T, len(c.runs)) for c in cells] == [      # the peer pools the last two
-            ("local", 2048, 3), ("global", 2048, 3), ("persistent-32", 2048, 3), ("rmt-m16-s512", 2048, 2),
-            ("rmt-m32-s512", 2048, 1)]
-        assert list(cells[0].runs[42].curve)[:3] == [0, 64, 128] and cells[0].runs[42].bpb == 0.84 + 42e-6
-        assert cells[0].study == ("d12", "memory-bench")
-        assert math.isclose(cells[0].runs[42].costs["flops"], 1.003714604213207e18)
-        status, _, err = call(analyze.main, d, f"--out={d}/report")
-        text = Path(d, "report/REPORT.md").read_text()
+            ("local", 2048, 3), ("global", 2048, 3), ("persistent-32", 2048, 3), ("rmt-m16-s512", 2048, 2), ("rmt-m32-s512", 2048, 1)]
+        run = cells[0].runs[42]
+        assert list(run.curve)[:3] == [0, 64, 128] and run.bpb == 0.84 + 42e-6 and cells[0].study == ("d12", "memory-bench")
+        assert math.isclose(run.costs["flops"], 1.003714604213207e18)
+        status, _, err = call(analyze.main, root, f"--out={root}/report")
+        text = (root / "report/REPORT.md").read_text()
         assert status == 0 and "memory-bench" in text and "do not recombine" in text and not err
-        assert {p.name for p in Path(d, "report").iterdir()} == {"REPORT.md", "differences.png", "position.png", "pareto.png"}
+        assert {p.name for p in (root / "report").iterdir()} == {"REPORT.md", "differences.png", "position.png", "pareto.png"}
 
 
 def test_200_files_without_torch_in_10_seconds():
     """Each file costs little: two hundred are read and summed up at once. Panels are what takes long, so one length has most."""
-    rng = np.random.default_rng(0)
+    rng, files = np.random.default_rng(0), {}
     log = [{"step": k, "seconds": k, "tokens": 1000 * k, "val_bpb": 2 - 0.1 * k} for k in range(1, 11)]
-    with tempfile.TemporaryDirectory() as d:
-        for memory, window in (("none", "SSSL"), ("none", "L"), ("persistent", "SSSL"), ("rmt", "SSSL"), ("mosaic", "L")):
-            for T, seed in itertools.product((512, 1024), range(20)):
-                content = result(memory, window, seed, 1 + rng.normal(0, 0.01), T, rng.normal(1, 0.01, T // 64), log=log)
-                write(d, f"{memory}{window}{T}/{seed}/result.json", content)
-        code = ("import sys, analyze; status = analyze.main(sys.argv[1:]); "
-                "assert not {'torch', 'triton', 'model', 'data', 'train'} & set(sys.modules); sys.exit(status)")
+    conditions = [("none", "SSSL"), ("none", "L"), ("persistent", "SSSL"), ("rmt", "SSSL"), ("mosaic", "L")]
+    for (memory, window), T, seed in itertools.product(conditions, (512, 1024), range(20)):
+        content = result(memory, window, seed, 1 + rng.normal(0, 0.01), T, rng.normal(1, 0.01, T // 64), log=log)
+        files[f"{memory}{window}{T}/{seed}/result.json"] = content
+    code = ("import sys, analyze; status = analyze.main(sys.argv[1:]); "
+            "assert not {'torch', 'triton', 'model', 'data', 'train'} & set(sys.modules); sys.exit(status)")
+    with stored(files) as root:
         start = sum(os.times()[2:4])                                     # of the children's CPU: other work doesn't count
-        r = subprocess.run([sys.executable, "-c", code, d, f"--out={d}/report"], cwd=ROOT, capture_output=True, text=True)
-        assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 conditions"), r
-        assert sum(os.times()[2:4]) - start < 10, sum(os.times()[2:4]) - start
+        r = subprocess.run([sys.executable, "-c", code, root, f"--out={root}/report"], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 conditions"), r
+    assert sum(os.times()[2:4]) - start < 10, sum(os.times()[2:4]) - start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README.md: its example of a new memory is a memory, what it quotes stands in the code, what it shows exists
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_readme_example_of_a_new_memory():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = next(b.split("```")[0] for b in text.split("```python\n")[1:] if "MEMORIES[" in b)
+    block = next(b.split("```")[0] for b in README.split("```python\n")[1:] if "MEMORIES[" in b)
     before = dict(MEMORIES)
     try:
         exec(compile(block, "README.md", "exec"), vars(model))
         (name,) = set(MEMORIES) - set(before)
         LAWS["test_split_and_causality"]("laptop", name)
         LAWS["test_influence"](name, 1)
-        LAWS["test_purity"](name)
-        LAWS["test_bounded_state"](name)
         LAWS["test_generation_is_the_forward_argmax"](name, "gpt2")
-        LAWS["test_every_parameter_learns_and_has_an_optimizer"](name)
+        for law in ("test_purity", "test_bounded_state", "test_every_parameter_learns_and_has_an_optimizer"):
+            LAWS[law](name)
     finally:
         for name in set(MEMORIES) - set(before):
             del MEMORIES[name]
 
 
 def test_readme_quotes_the_code():
-    text, quoted = (ROOT / "README.md").read_text(encoding="utf-8"), 0
-    for block in text.split("```python\n")[1:]:
+    quoted = 0
+    for block in README.split("```python\n")[1:]:
         where, _, block = block.split("```")[0].partition("\n")
         if not (found := re.fullmatch(r"# (\w+\.py), ([\w.]+)", where)):
             continue
@@ -3109,22 +3069,17 @@ def test_readme_quotes_the_code():
     assert quoted >= len(MEMORIES)
 
 
-def test_readme_shows_what_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", text) + re.findall(r"`(results/[\w./-]+)`", text)
+def test_readme_shows_what_is_there_and_is_short_and_narrow():
+    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", README) + re.findall(r"`(results/[\w./-]+)`", README)
     assert named and not [name for name in named if not (ROOT / name).exists()], named
-    lengths = re.findall(r"`(\w+\.py)` \| ([\d,]+) \|", text)  # of the files, in lines
+    lengths = re.findall(r"`(\w+\.py)` \| ([\d,]+) \|", README)  # of the files, in lines
     assert len(lengths) == 8
     for name, said in lengths:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert abs(int(said.replace(",", "")) - lines) <= 0.05 * lines, (name, said, lines)
-
-
-def test_readme_is_short_and_narrow():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    words = [word for word in text.split() if re.search(r"\w", word)]
+    words = [word for word in README.split() if re.search(r"\w", word)]
     assert len(words) <= 2500, len(words)
-    prose = "".join(text.split("```")[::2])  # without code
+    prose = "".join(README.split("```")[::2])  # without code
     wide = [line for line in prose.splitlines() if len(line) > 160 and not line.startswith("|")]
     assert not wide, wide
 
