@@ -1925,38 +1925,28 @@ def short_documents(n=800):
 def lab():
     """A folder with a text and a short run of every memory in out/<memory>, made once a process."""
     folder = tempfile.TemporaryDirectory()
-    Path(folder.name, "text.txt").write_text("\n<|endoftext|>\n".join(short_documents()))
-    Path(folder.name, "other.txt").write_text("the cow jumps over the moon, and so on and on. " * 300)
-    with inside(folder.name):
+    put(folder.name, text_txt="\n<|endoftext|>\n".join(short_documents()), other_txt="the cow jumps over the moon, and so on. " * 350)
+    with contextlib.chdir(folder.name):
         for memory in MEMORIES:
             trained(memory, f"--memory={memory}")
     return folder
 
 
-@contextlib.contextmanager
-def inside(folder=None):
-    old = os.getcwd()
-    os.chdir(folder or lab().name)  # data's cache goes to out/data below it
-    try:
-        yield
-    finally:
-        os.chdir(old)
+def inside():
+    return contextlib.chdir(lab().name)  # data's cache goes to out/data below it
 
 
 def trained(name, *flags):
-    status, _, err = call(train.main, *SHAPE, f"--name={name}", *flags)
-    assert status == 0, err
+    runs_well(*SHAPE, f"--name={name}", *flags)
 
 
 def measured(run, task, *flags):
     """The task's JSON, made now"""
     path = Path("out", run, f"eval_{task}.json")
     path.unlink(missing_ok=True)
-    draw, measuring.save_picture = measuring.save_picture, lambda run, task, figure: sys.modules["matplotlib.pyplot"].close(figure)
-    try:                                                            # to draw takes longer than to measure
-        status, out, err = call(measuring.main, f"out/{run}", f"--task={task}", *flags)
-    finally:
-        measuring.save_picture = draw
+    undrawn = lambda run, task, figure: analyze.plt.close(figure)   # to draw takes longer than to measure
+    with mock.patch.object(measuring, "save_picture", undrawn):
+        status, _, err = call(measuring.main, f"out/{run}", f"--task={task}", *flags)
     assert status == 0, err
     return json.loads(path.read_text())
 
@@ -2002,21 +1992,18 @@ def up_to(n):
 
 def test_eval_position_recombines_and_is_the_training_number():
     """Every memory, also read in pieces of 7 tokens: buckets recombine to 1e-6, to what whole rows give, on the same tokens."""
+    hashes = set()
     with inside():
-        hashes = set()
         for memory in MEMORIES:
-            at_once, position = measured(memory, "bpb"), measured(memory, "position", "--bucket=10")
-            (run,) = opened(memory)
+            (run,), at_once = opened(memory), measured(memory, "bpb")
             pieces, _ = measuring.measure(in_pieces(run, 7), run.corpus(), L, 1024, 10)
-            result = json.loads(Path("out", memory, "result.json").read_text())
-            assert abs(at_once["val_bpb"] - result["val_bpb"]) < 1e-6
-            for r in (position, pieces):
-                numbers = [r["val_bpb"], recombined(r["bpb_by_position"]), recombined(r["bpb_by_document_position"])]
-                assert max(abs(number - at_once["val_bpb"]) for number in numbers) < 1e-6, (memory, numbers)
+            numbers = [json.loads(Path("out", memory, "result.json").read_text())["val_bpb"]]
+            for r in (measured(memory, "position", "--bucket=10"), pieces):
+                numbers += [r["val_bpb"], recombined(r["bpb_by_position"]), recombined(r["bpb_by_document_position"])]
                 assert r["bpb_by_position"]["positions"] == [0, 10, 20, 30]
-            hashes |= {at_once["tokens_sha256"], position["tokens_sha256"], pieces["tokens_sha256"]}
-        assert len(hashes) == 1
-        assert measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
+                hashes |= {at_once["tokens_sha256"], r["tokens_sha256"]}
+            assert max(abs(number - at_once["val_bpb"]) for number in numbers) < 1e-6, (memory, numbers)
+        assert len(hashes) == 1 and measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
 
 
 def test_eval_position_by_hand():
@@ -2051,12 +2038,10 @@ def test_eval_extend_is_one_forward():
             with torch.no_grad():
                 nats = nats_at_once(run.model, x, y) * (y < 256)
             odd, _ = measuring.measure(in_pieces(run, 24), run.corpus(), 4 * L, 8 * L, 64)
-            assert abs(odd["val_bpb"] - r["val_bpb"]) < 1e-5
-            assert [(s["start"], s["end"]) for s in r["spans"]] == [(0, 32), (32, 64), (64, 128)] and r["reached"] == 4 * L
-            for s in r["spans"]:
-                a, b = s["start"], s["end"]
+            assert abs(odd["val_bpb"] - r["val_bpb"]) < 1e-5 and len(r["spans"]) == 3 and r["reached"] == 4 * L
+            for s, (a, b) in zip(r["spans"], ((0, 32), (32, 64), (64, 128))):
                 expected = nats[:, a:b].sum() / (math.log(2) * (y[:, a:b] < 256).sum())
-                assert abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
+                assert (s["start"], s["end"]) == (a, b) and abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
         text = call(measuring.main, "out/none", "--task=extend", "--factor=1000", "--rows=1")[1]
         assert "note: " in text and "1000" in text                 # too little validation text: shorter rows, and said so
     assert measuring.span_ends(L, 6) == [L, 2 * L, 4 * L, 6 * L] and measuring.span_ends(L, 1) == [L]
@@ -2069,14 +2054,11 @@ def test_eval_learned_positions_are_a_limit():
         assert extend["reached"] == L and "learned positions" in extend["limit"]
         assert extend["spans"][0]["bpb"] > 0 and extend["spans"][1]["bpb"] is None
         assert {f["length"] for f in attention["layers"]} == {L} and list(attention["limits"]) == [str(3 * L)]
-        (cell,) = measured("learned", "niah", "--lengths=8", "--depths=0")["cells"]
-        assert cell["limit"] == "needle does not fit"
-        cells = measured("learned", "niah", "--lengths=32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
-        assert "limit" not in cells[0] and "learned positions" in cells[1]["limit"]
+        cells = measured("learned", "niah", "--lengths=10,32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
+        assert cells[0]["limit"] == "needle does not fit" and "limit" not in cells[1] and "learned positions" in cells[2]["limit"]
         speed = measured("learned", "speed", "--context=128")["models"]["local"]
         assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
-        text = measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]
-        assert len(text) <= L
+        assert len(measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]) <= L
 
 
 def test_eval_out_of_memory_is_a_limit():
@@ -2112,7 +2094,7 @@ def test_eval_what_is_not_finite_is_null():
     assert measuring.plain(dict(a=torch.tensor([1.0, math.nan]), b=[math.inf, -math.inf, 2])) == dict(a=[1.0, None], b=[None, None, 2])
     with inside():
         (run,) = opened("none")
-        hopeless = run._replace(model=SimpleNamespace(stream=lambda x, state=None: (torch.full((*x.shape, 257), math.nan), None)))
+        hopeless = run._replace(model=SimpleNamespace(stream=lambda x, state=None: (uniform(x)[0] * math.nan, None)))
         for task in ("position", "niah"):
             assert call(lambda argv: measuring.TASKS[task]([hopeless], measuring.Options(pairs=2, depths="0", lengths="80")))[2] == ""
             assert "NaN" not in Path(f"out/none/eval_{task}.json").read_text()
@@ -2137,7 +2119,7 @@ def test_eval_ood_is_another_corpus_in_the_models_tokens():
 
 # ---------------------------------------------------------------- niah
 
-def copier(x, state=None, wrong=()):
+def copier(x, state=None, wrong=(), sure=9.0):
     """Predicts what followed the last earlier occurrence of the last four tokens: perfect on a needle. The guess at the
     digits whose number in the key is in `wrong` is another one. (The key follows "key is".)"""
     seen = x if state is None else torch.cat([state, x], 1)
@@ -2149,12 +2131,12 @@ def copier(x, state=None, wrong=()):
             for i in range(t - 1, 2, -1):
                 if text[i - 3:i + 1] == text[t - 3:t + 1]:
                     written = "".join(map(chr, text[:t + 1])).rpartition("key is")[2]
-                    logits[row, j, text[i + 1] ^ (len(written) in wrong)] = 9.0
+                    logits[row, j, text[i + 1] ^ (len(written) in wrong)] = sure
                     break
     return logits, seen
 
 
-def test_eval_niah_scoring():
+def test_eval_niah():
     """A model that copies finds every key; one that only has a taste for some digits has a margin of exactly 0; one that
     is wrong in a single digit, or in every second one, has not found the key."""
     taste = torch.linspace(-3, 3, 257)
@@ -2167,16 +2149,12 @@ def test_eval_niah_scoring():
             found, guess = cell(copier, length, depth), cell(biased, length, depth)
             assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
             assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 > guess["margin_error"] and guess["log_p_key"] < -20
-        negative = cell(lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state)))
+        negative = cell(functools.partial(copier, sure=-9.0))
         assert negative["exact"] == 0 and negative["margin"] < -20
         for wrong in ((0, 2, 4, 6), (6,), (1,)):
             assert cell(functools.partial(copier, wrong=wrong))["exact"] == 0, wrong
 
-
-def test_eval_niah_prompt():
-    """The needle stands at its depth and nowhere else, the question at the end, and the answer fits the length."""
-    with inside():
-        corpus = data.load("text.txt", "byte", quiet=True)
+        # The needle stands at its depth and nowhere else, the question at the end, and the answer fits the length.
         (hay, *_), = corpus.eval_batches(100, 1, 100)
         for tokenizer in ("byte", "bpe:300"):
             encoding = data.load("text.txt", tokenizer, quiet=True).encoding
@@ -2186,15 +2164,14 @@ def test_eval_niah_prompt():
             assert encoding.decode(before) == "Key is" and encoding.decode(after) == "!"
             assert not torch.equal(keys, measuring.draw_keys(encoding, "Key is {key}!", 4, 2)[2])
         before, after, keys = measuring.draw_keys(corpus.encoding, "Key is {key}!", 1, 1)
-        key = corpus.encoding.decode(keys[0].tolist())
-        places = []
+        needle, places = "Key is" + corpus.encoding.decode(keys[0].tolist()) + "!", []
         for depth in (0, 0.5, 1):
             prompt = measuring.hide(hay[0], depth, before, after, keys[0])
             text = "".join(map(chr, prompt[1:].tolist()))           # chr(256) is an end of text
             assert len(prompt) + len(keys[0]) == 100 and prompt[0] == corpus.eos and text.endswith("Key is")
-            assert text.count("Key is" + key + "!") == 1 and text.count("Key is") == 2
-            assert text.replace("Key is" + key + "!", "", 1)[:-6] == "".join(map(chr, hay[0, 1:100 - 14 - 6 - 7].tolist()))
-            places.append(text.index("Key is" + key))
+            assert text.count(needle) == 1 and text.count("Key is") == 2
+            assert text.replace(needle, "", 1)[:-6] == "".join(map(chr, hay[0, 1:100 - 14 - 6 - 7].tolist()))
+            places.append(text.index(needle))
         assert places[0] == 0 and places[2] == len(text) - 6 - 14 and abs(places[1] - places[2] / 2) <= 1
 
 
@@ -2231,18 +2208,18 @@ def test_eval_attention_is_the_softmax():
         net = GPT(model.Config(**{"n_layer": 3, "n_head": 4, "n_embd": 32, "max_seq_len": L, "persistent_slots": 3} | case)).eval().double()
         for p in net.parameters():
             p.data.normal_(0, 0.3)
-        run = in_pieces(stub(None)._replace(model=net), 13)
+        run, seen = in_pieces(stub(None)._replace(model=net), 13), {}
+        mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
+        for mixer in mixers:
+            mixer.register_forward_hook(lambda mixer, given, output: seen.update({mixer: given[0]}))
         for T in (L, 3 * L):
-            x, seen = torch.randint(257, (3, T)), {}
+            x = torch.randint(257, (3, T))
+            out = measuring.attention_at(run, x)
             with torch.no_grad():
-                out = measuring.attention_at(run, x)
-                mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
-                hooks = [m.register_forward_hook(lambda m, a, o, i=i: seen.update({i: a[0]})) for i, m in enumerate(mixers)]
                 net(x)                                              # rmt's last call is its last segment, at once
-                [h.remove() for h in hooks]
             assert len(out) == 3, case
             for i, shares in out.items():
-                w = explicit(mixers[i], seen[i], getattr(mixers[i], "window", None)).sum(0).double()
+                w = explicit(mixers[i], seen[mixers[i]], getattr(mixers[i], "window", None)).sum(0).double()
                 m = 3 if case["memory"] in ("persistent", "rmt") else 0
                 expected = torch.zeros(4, 1 + T, dtype=torch.float64)
                 expected[:, 0], expected[:, 1 + T - (w.size(1) - m):] = w[:, :m].sum(1), w[:, m:]
@@ -2305,7 +2282,7 @@ def test_eval_prompts_are_like_the_training_text():
         assert measuring.prompts_for(run, measuring.Options(prompt=("a",))) == ["a"]
         run.cfg.dataset = "tinystories"
         assert measuring.prompts_for(run, measuring.Options()) is measuring.PROMPTS
-        os.makedirs("babi", exist_ok=True), Path("babi/valdataset.txt").touch()
+        put(".", babi__valdataset_txt="")
         stories = ["my_stories.txt", "tinystories", "b/traindataset.txt", "babi"]
         assert list(filter(measuring.tells_stories, ["text.txt", *stories, "python"])) == stories
     assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
@@ -2369,11 +2346,12 @@ def test_eval_labels_tell_runs_apart():
 
 def test_eval_bad_input():
     with inside():
-        if not Path("out/changed").exists():
-            found = torch.load("out/none/ckpt.pt", weights_only=True)
-            found["config"]["data_sha256"] = "0" * 64
-            Path("out/changed").mkdir()
-            torch.save(found, "out/changed/ckpt.pt")
+        Path("out/stuck/eval_bpb.json").mkdir(parents=True)
+        Path("out/changed").mkdir()
+        found = torch.load("out/none/ckpt.pt", weights_only=True)
+        torch.save(found, "out/stuck/ckpt.pt")
+        found["config"]["data_sha256"] = "0" * 64
+        torch.save(found, "out/changed/ckpt.pt")
         for flags, *words in (
                 ("out/nome", "there is no out/nome", "did you mean out/none?"), ("out", "no checkpoint"), ("", "no run was given"),
                 ("out/none/nothing", "there is no out/none/nothing"), ("out/changed --task=bpb", "it is other data"),
@@ -2384,14 +2362,8 @@ def test_eval_bad_input():
                 ("out/none --depths=0,2", "depths=0,2", "from 0 to 1"), ("out/none --depths=a", "depths=a"),
                 ("out/none --lengths=0", "lengths=0"), ("out/none --needle=key", "{key}"), ("out/none --needle={key}", "text"),
                 ("out/none --memory=delta", "memory=delta", "deltanet"), ("out/none --piece=7", "unknown argument --piece=7"),
-                ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt")):
+                ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt"), ("out/stuck --task=bpb", "cannot write")):
             refused(measuring.main, flags.split(), *words)
-        Path("out/none/eval_bpb.json").unlink(missing_ok=True)
-        Path("out/none/eval_bpb.json").mkdir()                      # can't be written
-        try:
-            refused(measuring.main, ["out/none", "--task=bpb"], "cannot write")
-        finally:
-            Path("out/none/eval_bpb.json").rmdir()
     status, text, _ = call(measuring.main, "--help")
     assert status == 0 and "margin" not in text and all(f"--{name}" in text for name in measuring.Options.__dataclass_fields__)
 
