@@ -2346,8 +2346,8 @@ def test_eval_labels_tell_runs_apart():
 
 def test_eval_bad_input():
     with inside():
-        Path("out/stuck/eval_bpb.json").mkdir(parents=True)
-        Path("out/changed").mkdir()
+        for place in ("out/stuck/eval_bpb.json", "out/changed"):   # no result can be written to the first
+            os.makedirs(place, exist_ok=True)
         found = torch.load("out/none/ckpt.pt", weights_only=True)
         torch.save(found, "out/stuck/ckpt.pt")
         found["config"]["data_sha256"] = "0" * 64
@@ -2839,7 +2839,7 @@ def test_null_correlation():
     assert math.isnan(analyze.corr([1.0, 1.0], [1.0, 2.0]))
 
 
-def test_pareto():
+def test_pareto_and_matched_compute():
     points = [(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (4, 1), (0.5, 9), (5, 0.5)]
     assert analyze.pareto(points) == [0, 1, 4, 5, 6, 7]                  # (3,4) loses to (2,4), (2,6) to (1,5); ties stay
     cloud, low = np.random.default_rng(0).normal(size=(60, 2)).tolist(), math.inf
@@ -2848,8 +2848,6 @@ def test_pareto():
         assert (i in best) == (cloud[i][1] < low)
         low = min(low, cloud[i][1])
 
-
-def test_matched_compute():
     log = [{"step": s, "seconds": 60.0 * s, "tokens": 1000 * s, "val_bpb": b} for s, b in ((1, 3.0), (4, 2.0), (16, 1.0))]
     log += [{"step": 17, "train_loss": 1.0}, {"step": 18, "tokens": 18000, "seconds": None, "val_bpb": math.nan}]
     twice = [dict(e, seconds=2 * e["seconds"]) for e in log[:2]]
