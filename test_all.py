@@ -1760,38 +1760,28 @@ def short_documents(n=800):
 def lab():
     """A folder with a text and a short run of every memory in out/<memory>, made once a process."""
     folder = tempfile.TemporaryDirectory()
-    Path(folder.name, "text.txt").write_text("\n<|endoftext|>\n".join(short_documents()))
-    Path(folder.name, "other.txt").write_text("the cow jumps over the moon, and so on and on. " * 300)
-    with inside(folder.name):
+    put(folder.name, text_txt="\n<|endoftext|>\n".join(short_documents()), other_txt="the cow jumps over the moon. " * 480)
+    with contextlib.chdir(folder.name):
         for memory in MEMORIES:
             trained(memory, f"--memory={memory}")
     return folder
 
 
-@contextlib.contextmanager
-def inside(folder=None):
-    old = os.getcwd()
-    os.chdir(folder or lab().name)  # data's cache goes to out/data below it
-    try:
-        yield
-    finally:
-        os.chdir(old)
+def inside():
+    return contextlib.chdir(lab().name)  # data's cache goes to out/data below it
 
 
 def trained(name, *flags):
-    status, _, err = call(train.main, *SHAPE, f"--name={name}", *flags)
-    assert status == 0, err
+    runs_well(*SHAPE, f"--name={name}", *flags)
 
 
 def measured(run, task, *flags):
     """The task's JSON, made now"""
     path = Path("out", run, f"eval_{task}.json")
     path.unlink(missing_ok=True)
-    draw, measuring.save_picture = measuring.save_picture, lambda run, task, figure: sys.modules["matplotlib.pyplot"].close(figure)
-    try:                                                            # to draw takes longer than to measure
-        status, out, err = call(measuring.main, f"out/{run}", f"--task={task}", *flags)
-    finally:
-        measuring.save_picture = draw
+    undrawn = lambda run, task, figure: analyze.plt.close(figure)   # to draw takes longer than to measure
+    with mock.patch.object(measuring, "save_picture", undrawn):
+        status, _, err = call(measuring.main, f"out/{run}", f"--task={task}", *flags)
     assert status == 0, err
     return json.loads(path.read_text())
 
@@ -1837,21 +1827,18 @@ def up_to(n):
 
 def test_eval_position_recombines_and_is_the_training_number():
     """Every memory, also read in pieces of 7 tokens: buckets recombine to 1e-6, to what whole rows give, on the same tokens."""
+    hashes = set()
     with inside():
-        hashes = set()
         for memory in MEMORIES:
-            at_once, position = measured(memory, "bpb"), measured(memory, "position", "--bucket=10")
-            (run,) = opened(memory)
+            (run,), at_once = opened(memory), measured(memory, "bpb")
             pieces, _ = measuring.measure(in_pieces(run, 7), run.corpus(), L, 1024, 10)
-            result = json.loads(Path("out", memory, "result.json").read_text())
-            assert abs(at_once["val_bpb"] - result["val_bpb"]) < 1e-6
-            for r in (position, pieces):
-                numbers = [r["val_bpb"], recombined(r["bpb_by_position"]), recombined(r["bpb_by_document_position"])]
-                assert max(abs(number - at_once["val_bpb"]) for number in numbers) < 1e-6, (memory, numbers)
+            numbers = [json.loads(Path("out", memory, "result.json").read_text())["val_bpb"]]
+            for r in (measured(memory, "position", "--bucket=10"), pieces):
+                numbers += [r["val_bpb"], recombined(r["bpb_by_position"]), recombined(r["bpb_by_document_position"])]
                 assert r["bpb_by_position"]["positions"] == [0, 10, 20, 30]
-            hashes |= {at_once["tokens_sha256"], position["tokens_sha256"], pieces["tokens_sha256"]}
-        assert len(hashes) == 1
-        assert measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
+                hashes |= {at_once["tokens_sha256"], r["tokens_sha256"]}
+            assert max(abs(number - at_once["val_bpb"]) for number in numbers) < 1e-6, (memory, numbers)
+        assert len(hashes) == 1 and measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
 
 
 def test_eval_position_by_hand():
@@ -1886,12 +1873,10 @@ def test_eval_extend_is_one_forward():
             with torch.no_grad():
                 nats = nats_at_once(run.model, x, y) * (y < 256)
             odd, _ = measuring.measure(in_pieces(run, 24), run.corpus(), 4 * L, 8 * L, 64)
-            assert abs(odd["val_bpb"] - r["val_bpb"]) < 1e-5
-            assert [(s["start"], s["end"]) for s in r["spans"]] == [(0, 32), (32, 64), (64, 128)] and r["reached"] == 4 * L
-            for s in r["spans"]:
-                a, b = s["start"], s["end"]
+            assert abs(odd["val_bpb"] - r["val_bpb"]) < 1e-5 and len(r["spans"]) == 3 and r["reached"] == 4 * L
+            for s, (a, b) in zip(r["spans"], ((0, 32), (32, 64), (64, 128))):
                 expected = nats[:, a:b].sum() / (math.log(2) * (y[:, a:b] < 256).sum())
-                assert abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
+                assert (s["start"], s["end"]) == (a, b) and abs(s["bpb"] - expected.item()) < 1e-5, (memory, s)
         text = call(measuring.main, "out/none", "--task=extend", "--factor=1000", "--rows=1")[1]
         assert "note: " in text and "1000" in text                 # too little validation text: shorter rows, and said so
     assert measuring.span_ends(L, 6) == [L, 2 * L, 4 * L, 6 * L] and measuring.span_ends(L, 1) == [L]
@@ -1904,14 +1889,11 @@ def test_eval_learned_positions_are_a_limit():
         assert extend["reached"] == L and "learned positions" in extend["limit"]
         assert extend["spans"][0]["bpb"] > 0 and extend["spans"][1]["bpb"] is None
         assert {f["length"] for f in attention["layers"]} == {L} and list(attention["limits"]) == [str(3 * L)]
-        (cell,) = measured("learned", "niah", "--lengths=8", "--depths=0")["cells"]
-        assert cell["limit"] == "needle does not fit"
-        cells = measured("learned", "niah", "--lengths=32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
-        assert "limit" not in cells[0] and "learned positions" in cells[1]["limit"]
+        cells = measured("learned", "niah", "--lengths=10,32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
+        assert cells[0]["limit"] == "needle does not fit" and "limit" not in cells[1] and "learned positions" in cells[2]["limit"]
         speed = measured("learned", "speed", "--context=128")["models"]["local"]
         assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
-        text = measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]
-        assert len(text) <= L
+        assert len(measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]) <= L
 
 
 def test_eval_out_of_memory_is_a_limit():
@@ -1947,7 +1929,7 @@ def test_eval_what_is_not_finite_is_null():
     assert measuring.plain(dict(a=torch.tensor([1.0, math.nan]), b=[math.inf, -math.inf, 2])) == dict(a=[1.0, None], b=[None, None, 2])
     with inside():
         (run,) = opened("none")
-        hopeless = run._replace(model=SimpleNamespace(stream=lambda x, state=None: (torch.full((*x.shape, 257), math.nan), None)))
+        hopeless = run._replace(model=SimpleNamespace(stream=lambda x, state=None: (uniform(x)[0] * math.nan, None)))
         for task in ("position", "niah"):
             assert call(lambda argv: measuring.TASKS[task]([hopeless], measuring.Options(pairs=2, depths="0", lengths="80")))[2] == ""
             assert "NaN" not in Path(f"out/none/eval_{task}.json").read_text()
@@ -1972,7 +1954,7 @@ def test_eval_ood_is_another_corpus_in_the_models_tokens():
 
 # ---------------------------------------------------------------- niah
 
-def copier(x, state=None, wrong=()):
+def copier(x, state=None, wrong=(), sure=9.0):
     """Predicts what followed the last earlier occurrence of the last four tokens: perfect on a needle. The guess at the
     digits whose number in the key is in `wrong` is another one. (The key follows "key is".)"""
     seen = x if state is None else torch.cat([state, x], 1)
@@ -1984,12 +1966,12 @@ def copier(x, state=None, wrong=()):
             for i in range(t - 1, 2, -1):
                 if text[i - 3:i + 1] == text[t - 3:t + 1]:
                     written = "".join(map(chr, text[:t + 1])).rpartition("key is")[2]
-                    logits[row, j, text[i + 1] ^ (len(written) in wrong)] = 9.0
+                    logits[row, j, text[i + 1] ^ (len(written) in wrong)] = sure
                     break
     return logits, seen
 
 
-def test_eval_niah_scoring():
+def test_eval_niah():
     """A model that copies finds every key; one that only has a taste for some digits has a margin of exactly 0; one that
     is wrong in a single digit, or in every second one, has not found the key."""
     taste = torch.linspace(-3, 3, 257)
@@ -2002,16 +1984,12 @@ def test_eval_niah_scoring():
             found, guess = cell(copier, length, depth), cell(biased, length, depth)
             assert found["exact"] == 1 and found["margin"] > 20 and found["log_p_key"] > -1, (length, depth, found)
             assert guess["exact"] == 0 and abs(guess["margin"]) < 1e-4 > guess["margin_error"] and guess["log_p_key"] < -20
-        negative = cell(lambda x, state=None: (lambda logits, s: (-logits, s))(*copier(x, state)))
+        negative = cell(functools.partial(copier, sure=-9.0))
         assert negative["exact"] == 0 and negative["margin"] < -20
         for wrong in ((0, 2, 4, 6), (6,), (1,)):
             assert cell(functools.partial(copier, wrong=wrong))["exact"] == 0, wrong
 
-
-def test_eval_niah_prompt():
-    """The needle stands at its depth and nowhere else, the question at the end, and the answer fits the length."""
-    with inside():
-        corpus = data.load("text.txt", "byte", quiet=True)
+        # The needle stands at its depth and nowhere else, the question at the end, and the answer fits the length.
         (hay, *_), = corpus.eval_batches(100, 1, 100)
         for tokenizer in ("byte", "bpe:300"):
             encoding = data.load("text.txt", tokenizer, quiet=True).encoding
@@ -2021,15 +1999,14 @@ def test_eval_niah_prompt():
             assert encoding.decode(before) == "Key is" and encoding.decode(after) == "!"
             assert not torch.equal(keys, measuring.draw_keys(encoding, "Key is {key}!", 4, 2)[2])
         before, after, keys = measuring.draw_keys(corpus.encoding, "Key is {key}!", 1, 1)
-        key = corpus.encoding.decode(keys[0].tolist())
-        places = []
+        needle, places = "Key is" + corpus.encoding.decode(keys[0].tolist()) + "!", []
         for depth in (0, 0.5, 1):
             prompt = measuring.hide(hay[0], depth, before, after, keys[0])
             text = "".join(map(chr, prompt[1:].tolist()))           # chr(256) is an end of text
             assert len(prompt) + len(keys[0]) == 100 and prompt[0] == corpus.eos and text.endswith("Key is")
-            assert text.count("Key is" + key + "!") == 1 and text.count("Key is") == 2
-            assert text.replace("Key is" + key + "!", "", 1)[:-6] == "".join(map(chr, hay[0, 1:100 - 14 - 6 - 7].tolist()))
-            places.append(text.index("Key is" + key))
+            assert text.count(needle) == 1 and text.count("Key is") == 2
+            assert text.replace(needle, "", 1)[:-6] == "".join(map(chr, hay[0, 1:100 - 14 - 6 - 7].tolist()))
+            places.append(text.index(needle))
         assert places[0] == 0 and places[2] == len(text) - 6 - 14 and abs(places[1] - places[2] / 2) <= 1
 
 
@@ -2066,18 +2043,18 @@ def test_eval_attention_is_the_softmax():
         net = GPT(model.Config(**{"n_layer": 3, "n_head": 4, "n_embd": 32, "max_seq_len": L, "persistent_slots": 3} | case)).eval().double()
         for p in net.parameters():
             p.data.normal_(0, 0.3)
-        run = in_pieces(stub(None)._replace(model=net), 13)
+        run, seen = in_pieces(stub(None)._replace(model=net), 13), {}
+        mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
+        for mixer in mixers:
+            mixer.register_forward_hook(lambda mixer, given, output: seen.update({mixer: given[0]}))
         for T in (L, 3 * L):
-            x, seen = torch.randint(257, (3, T)), {}
+            x = torch.randint(257, (3, T))
+            out = measuring.attention_at(run, x)
             with torch.no_grad():
-                out = measuring.attention_at(run, x)
-                mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
-                hooks = [m.register_forward_hook(lambda m, a, o, i=i: seen.update({i: a[0]})) for i, m in enumerate(mixers)]
                 net(x)                                              # rmt's last call is its last segment, at once
-                [h.remove() for h in hooks]
             assert len(out) == 3, case
             for i, shares in out.items():
-                w = explicit(mixers[i], seen[i], getattr(mixers[i], "window", None)).sum(0).double()
+                w = explicit(mixers[i], seen[mixers[i]], getattr(mixers[i], "window", None)).sum(0).double()
                 m = 3 if case["memory"] in ("persistent", "rmt") else 0
                 expected = torch.zeros(4, 1 + T, dtype=torch.float64)
                 expected[:, 0], expected[:, 1 + T - (w.size(1) - m):] = w[:, :m].sum(1), w[:, m:]
@@ -2140,7 +2117,7 @@ def test_eval_prompts_are_like_the_training_text():
         assert measuring.prompts_for(run, measuring.Options(prompt=("a",))) == ["a"]
         run.cfg.dataset = "tinystories"
         assert measuring.prompts_for(run, measuring.Options()) is measuring.PROMPTS
-        os.makedirs("babi", exist_ok=True), Path("babi/valdataset.txt").touch()
+        put(".", babi__valdataset_txt="")
         stories = ["my_stories.txt", "tinystories", "b/traindataset.txt", "babi"]
         assert list(filter(measuring.tells_stories, ["text.txt", *stories, "python"])) == stories
     assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
@@ -2204,11 +2181,12 @@ def test_eval_labels_tell_runs_apart():
 
 def test_eval_bad_input():
     with inside():
-        if not Path("out/changed").exists():
-            found = torch.load("out/none/ckpt.pt", weights_only=True)
-            found["config"]["data_sha256"] = "0" * 64
-            Path("out/changed").mkdir()
-            torch.save(found, "out/changed/ckpt.pt")
+        for place in ("out/stuck/eval_bpb.json", "out/changed"):   # no result can be written to the first
+            os.makedirs(place, exist_ok=True)
+        found = torch.load("out/none/ckpt.pt", weights_only=True)
+        torch.save(found, "out/stuck/ckpt.pt")
+        found["config"]["data_sha256"] = "0" * 64
+        torch.save(found, "out/changed/ckpt.pt")
         for flags, *words in (
                 ("out/nome", "there is no out/nome", "did you mean out/none?"), ("out", "no checkpoint"), ("", "no run was given"),
                 ("out/none/nothing", "there is no out/none/nothing"), ("out/changed --task=bpb", "it is other data"),
@@ -2219,14 +2197,8 @@ def test_eval_bad_input():
                 ("out/none --depths=0,2", "depths=0,2", "from 0 to 1"), ("out/none --depths=a", "depths=a"),
                 ("out/none --lengths=0", "lengths=0"), ("out/none --needle=key", "{key}"), ("out/none --needle={key}", "text"),
                 ("out/none --memory=delta", "memory=delta", "deltanet"), ("out/none --piece=7", "unknown argument --piece=7"),
-                ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt")):
+                ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt"), ("out/stuck --task=bpb", "cannot write")):
             refused(measuring.main, flags.split(), *words)
-        Path("out/none/eval_bpb.json").unlink(missing_ok=True)
-        Path("out/none/eval_bpb.json").mkdir()                      # can't be written
-        try:
-            refused(measuring.main, ["out/none", "--task=bpb"], "cannot write")
-        finally:
-            Path("out/none/eval_bpb.json").rmdir()
     status, text, _ = call(measuring.main, "--help")
     assert status == 0 and "margin" not in text and all(f"--{name}" in text for name in measuring.Options.__dataclass_fields__)
 
@@ -2237,26 +2209,19 @@ def test_eval_bad_input():
 TOY_SHAPE = dict(steps=2, n_layer=1, n_embd=16, n_head=1)
 
 
-def five_batches(model, batch_fn, cfg):
-    """In the place of train.fit"""
-    return [batch_fn(i) for i in range(5)]
-
-
 @contextlib.contextmanager
 def recorded(**functions):
     """toys.py with these functions in the place of its own; yields {name: [(arguments, what it returned), ...]}."""
     calls = {name: [] for name in functions}
 
-    def recorder(name, function):
-        def record(*arguments):
-            calls[name].append((arguments, function(*arguments)))
-            return calls[name][-1][1]
-        return record
-    with mock.patch.multiple(toys, **{name: recorder(name, f) for name, f in functions.items()}):
+    def record(name, *arguments):
+        calls[name].append((arguments, functions[name](*arguments)))
+        return calls[name][-1][1]
+    with mock.patch.multiple(toys, **{name: functools.partial(record, name) for name in functions}):
         yield calls
 
 
-def test_toys_every_string_is_accepted_by_its_automaton():
+def test_toys_strings_are_accepted_by_their_automata_whose_edges_go_to_distinct_other_states():
     for i, automaton in enumerate(toys.draw_automata(3, [40])[0]):
         assert 4 <= len(automaton) <= 12 and all(1 <= len(edges) <= 3 for edges in automaton)
         assert len({a for edges in automaton for a in edges}) <= 18
@@ -2264,16 +2229,9 @@ def test_toys_every_string_is_accepted_by_its_automaton():
         strings = [list(s) for sep, s in itertools.groupby(tokens, lambda a: a == toys.SEP) if not sep]
         assert 10 <= len(strings) <= 19 and all(1 <= len(s) <= 49 for s in strings)
         for string in strings:
-            q = 0
-            for a in string:
-                assert a in automaton[q], (string, automaton)
-                q = automaton[q][a]
+            functools.reduce(lambda state, a: automaton[state][a], string, 0)  # a KeyError where it is not accepted
         assert toys.instance(random.Random(i), automaton, 100)[0] == tokens[:101]
-
-
-def test_toys_automata_edges_go_to_distinct_other_states():
-    """Checked on the raw draw: minimising may merge targets, never add edges."""
-    with recorded(minimal=lambda automaton: automaton):
+    with recorded(minimal=lambda automaton: automaton):  # on the raw draw: minimising may merge targets, never add edges
         for seed in range(60):
             automaton = toys.draw_automaton(random.Random(seed))
             assert 4 <= len(automaton) <= 12
@@ -2292,25 +2250,20 @@ def language(automaton, n):
 def test_toys_minimal_keeps_the_language_and_is_canonical():
     for seed in range(30):
         rng = random.Random(seed)
-        raw = []
-        for q in range(6):
-            k = rng.randint(1, 2)
-            raw.append(dict(zip(rng.sample(range(3), k), rng.sample([p for p in range(6) if p != q], k))))
-        small = toys.minimal(tuple(raw))
+        targets = [rng.sample([p for p in range(6) if p != q], rng.randint(1, 2)) for q in range(6)]
+        raw = tuple(dict(zip(rng.sample(range(3), len(to)), to)) for to in targets)
+        small = toys.minimal(raw)
         assert language(raw, 6) == language(small, 6) and len(small) <= 6
         order = [0, *rng.sample(range(1, 6), 5)]  # other names for the states, the start kept, and a useless copy of state 3
-        named = [None] * 6
-        for q, edges in enumerate(raw):
-            named[order[q]] = {a: order[p] for a, p in edges.items()}
-        assert toys.minimal((*named, dict(named[3]))) == small
+        named = {order[q]: {a: order[p] for a, p in edges.items()} for q, edges in enumerate(raw)}
+        assert toys.minimal((*(named[q] for q in range(6)), dict(named[3]))) == small
     # States 1 and 2 do the same: three states suffice, and a fourth cannot be reached.
     assert toys.minimal(({0: 1, 1: 2}, {5: 3}, {5: 3}, {7: 0}, {9: 0})) == ({0: 1, 1: 1}, {5: 2}, {7: 0})
 
 
 def test_toys_splits_share_no_language():
     parts = toys.draw_automata(0, [60, 60, 300])
-    keys = [repr(toys.minimal(a)) for part in parts for a in part]
-    assert [len(p) for p in parts] == [60, 60, 300] and len(set(keys)) == len(keys)
+    assert [len(p) for p in parts] == [60, 60, 300] and len({repr(toys.minimal(a)) for part in parts for a in part}) == 420
     fewer = toys.draw_automata(0, [60, 60, 20])  # the test set does not depend on the training set
     assert fewer[0] == parts[0] and fewer[2] == parts[2][:20]
     # Real draws hardly ever meet twice; here there are only 12 languages, each under many names.
@@ -2319,23 +2272,20 @@ def test_toys_splits_share_no_language():
 
 
 def test_toys_truth_sums_to_one_and_equals_enumeration():
-    automaton = toys.draw_automata(5, [1])[0][0]
+    (automaton,), = toys.draw_automata(5, [1])
     data = toys.Instances([automaton], 1, 200)
-    truth, y, x = data.truth(0), data.y[0], data.x[0].tolist()
-    asked = (y >= 0).nonzero()[:, 0].tolist()
+    truth, x, asked = data.truth(0), data.x[0].tolist(), (data.y[0] >= 0).nonzero()[:, 0].tolist()
     assert torch.allclose(truth[asked].sum(1), torch.ones(len(asked)))
     for t in asked[:60]:
-        string = x[:t + 1]
-        string = string[len(string) - string[::-1].index(toys.SEP):] if toys.SEP in string else string
-        if len(string) > 5:
-            continue
-        whole, longer = language(automaton, len(string)), language(automaton, len(string) + 1)
-        for a in range(20):
-            p = longer.get((*string, a), 0) / whole[tuple(string)]
-            assert abs(truth[t, a].item() - float(p)) < 1e-6
+        *_, start = (0, *(i + 1 for i in range(t + 1) if x[i] == toys.SEP))
+        string = tuple(x[start:t + 1])
+        if len(string) <= 5:
+            whole, longer = language(automaton, len(string))[string], language(automaton, len(string) + 1)
+            expected = torch.tensor([float(longer.get((*string, a), 0) / whole) for a in range(20)])
+            assert (truth[t] - expected).abs().max() < 1e-6
 
 
-def test_toys_metrics_on_a_case_worked_by_hand():
+def test_toys_metrics_and_ngrams_on_cases_worked_by_hand():
     # Two symbols asked (targets 0 and 1), a separator between them. Truth: {0: ½, 2: ½} and {1: 1}.
     truth, probs = torch.zeros(3, 20), torch.zeros(3, 20)
     truth[0, [0, 2]], truth[2, 1] = 0.5, 1.0
@@ -2347,46 +2297,37 @@ def test_toys_metrics_on_a_case_worked_by_hand():
     other = dict(count=1, accuracy=1, tvd=0.1, accuracy_last=1.0, tvd_last=0.1)
     assert toys.total([s, other]) == dict(accuracy=2 / 3, tvd=1.35 / 3, accuracy_last=0.5, tvd_last=(0.75 + 0.1) / 2)
 
-
-def test_toys_ngram_on_a_tiny_sequence():
     x = torch.tensor([0, 1, 0, 2, 0, toys.SEP, 0, 1, 3])
     probs = [toys.ngram(x, n) for n in range(4)]
     for n, t, expected in ((0, 3, {a: round(1 / 18, 4) for a in range(18)}), (1, 3, {0: 0.5, 1: 0.25, 2: 0.25}),
-                           (2, 2, {1: 1.0}),                       # 0 was followed by 1
-                           (2, 4, {1: 0.5, 2: 0.5}),
+                           (2, 2, {1: 1.0}), (2, 4, {1: 0.5, 2: 0.5}),              # after 0
                            (2, 3, {0: 0.5, 1: 0.25, 2: 0.25}),     # after 2, new: backs off to single symbols
                            (2, 5, {0: 1.0}),                       # a string started with 0 before
                            (3, 6, {1: 1.0}),                       # a second string begins with 0: the first went on with 1
                            (2, 6, {1: 0.5, 2: 0.5}),               # and the 0 before a separator has no follower
                            (3, 7, {0: 1.0})):
         assert {a: round(p, 4) for a, p in enumerate(probs[n][t].tolist()) if p} == expected, (n, t)
-    for p in probs[1:]:
-        assert torch.allclose(p.sum(1), torch.ones(9))
+    assert all(torch.allclose(p.sum(1), torch.ones(9)) for p in probs[1:])
     assert torch.equal(toys.ngram(x[:5], 3), probs[3][:5])         # only the past is used
 
 
-def test_toys_brackets_are_balanced_and_asked_for():
+def test_toys_brackets_copy_repeat_and_recall_ask_what_they_say():
     far = 0
     for seed in range(40):
-        word, y, distance = toys.brackets(random.Random(seed), 96)
-        assert len(word) == len(y) == len(distance) == 96
+        rng = random.Random(seed)
+        x, y, d = toys.brackets(rng, 96)
+        assert len(x) == len(y) == len(d) == 96
         openers = []
-        for t, token in enumerate([*word, max(y[-1], 0)]):  # the last closer is an answer alone
+        for t, token in enumerate([*x, max(y[-1], 0)]):  # the last closer is an answer alone
             assert t == 0 or y[t - 1] == (token if token > 8 else -1)
             if token > 8:
                 opener, then = openers.pop()
-                assert token == opener + 8 and distance[t - 1] == t - then
+                assert token == opener + 8 and d[t - 1] == t - then
                 far += t - then >= 32
             elif token:
                 openers.append((token, t))
                 assert len(openers) <= 4
         assert not openers
-    assert far > 40
-
-
-def test_toys_copy_repeat_and_recall_ask_what_they_say():
-    for seed in range(30):
-        rng = random.Random(seed)
         x, y, d = toys.copy(rng, 80)
         asked = [t for t in range(80) if y[t] >= 0]
         assert len(asked) >= 8 and max(d) >= 9 and len(x) == len(y) == len(d) == 80 and asked[-1] == 79
@@ -2400,50 +2341,42 @@ def test_toys_copy_repeat_and_recall_ask_what_they_say():
         for t in range(80):
             assert (y[t] >= 0) == (8 <= x[t] < 24)
             if y[t] >= 0:
-                writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8]
-                assert y[t] == (x[writes[-1]] - 24) % 8 and d[t] == t - writes[-1]
+                *_, then = (s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8)
+                assert y[t] == (x[then] - 24) % 8 and d[t] == t - then
         for task, (make, vocabulary) in toys.TASKS.items():
             x, y, _ = make(rng, 70)
             assert 0 <= min(x) and max(*x, *y) < vocabulary, task
+    assert far > 40
 
 
 def test_toys_same_seed_same_data():
     for task in toys.TASKS:
         a, b, c, d = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5), (1, 6)))
         assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0]) and not torch.equal(a[0], d[0])
-    one, same, other = (toys.moons_batch(7, toys.Moons(seed=s))[0] for s in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    automata = toys.draw_automata(2, [5])[0]
-    one, same, other = (toys.Instances(automata, s, 64).x for s in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    automata, = toys.draw_automata(2, [5])
+    for draw in (lambda seed: toys.moons_batch(7, toys.Moons(seed=seed))[0], lambda seed: toys.Instances(automata, seed, 64).x):
+        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 # ---------------------------------------------------------------- moons
 
 def test_toys_moons_never_train_on_the_validation_ratios():
-    for heads in (1, 3):
-        rng = np.random.default_rng(0)
-        for _ in range(3000):
-            p = sorted(int(v) for v in toys.draw_periods(rng, toys.Moons(heads=heads)))
-            assert (p[0] * 2, p[0] * 3) != (p[1], p[2]), p
-            assert heads == 3 or 40 <= math.lcm(*p) <= 126
+    rng = np.random.default_rng(0)
+    for heads in [1, 3] * 3000:
+        p = sorted(int(v) for v in toys.draw_periods(rng, toys.Moons(heads=heads)))
+        assert (p[0] * 2, p[0] * 3) != (p[1], p[2]) and (heads == 3 or 40 <= math.lcm(*p) <= 126), p
     assert toys.VALIDATION not in toys.PUBLISHED and len(set(toys.PUBLISHED)) == 8
 
 
-def moons_solution(heads, scale=6.0):
+def moons_solution(heads):
     """The paper's analytic solution: identity matrices, here with a narrower kernel."""
-    net = toys.MoonsNet(toys.Moons(heads=heads))
-    with torch.no_grad():
-        for w in (net.phi, net.psi, net.z):
-            w.zero_()
-            w[range(3), range(3), 0] = 1.0
-        net.phi *= scale
+    net, eye = toys.MoonsNet(toys.Moons(heads=heads)), torch.view_as_real(torch.eye(3) + 0j)
+    net.phi.data, net.psi.data, net.z.data = 6 * eye, eye, eye
     return net
 
 
 def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
-    periods = np.array([[8, 12, 20]] * 4)         # lcm 120
-    x = toys.orbits(np.random.default_rng(1), periods, 200)
+    x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]] * 4), 200)  # lcm 120
     assert torch.allclose(x.abs(), torch.ones(4, 200, 3)) and torch.allclose(x[:, 0], x[:, 120], atol=1e-4)
     three = moons_solution(3).rollout_error(x, [7, 19, 21, 100, 130], 25)
     one = moons_solution(1).rollout_error(x, [21, 100, 121, 130], 25)
@@ -2451,13 +2384,17 @@ def test_toys_moons_identity_solves_it_when_the_orbits_are_known():
     assert one[:2].min() > 0.3 and one[2:].max() < 0.01, one
 
 
+@torch.no_grad()
 def test_toys_moons_is_strictly_causal():
     """The prediction of x_42 is that of the definition written out: it reads values that peek one step, but not x_42."""
     net = moons_solution(3)
     x = toys.orbits(np.random.default_rng(1), np.array([[8, 12, 20]]), 60)
     x[:, 40:] = torch.exp(1j * torch.rand(1, 20, 3) * 6)
     alone = torch.zeros(1), torch.tensor([40])    # no sharpening; of x_2, x_3, … x_42 alone counts
-    expected = net_prediction(net, x[:, :42])
+    phi, psi, z = net.matrices()
+    k, v = (torch.view_as_real(x[0, :42] @ w.T) for w in (phi, psi))  # (42,3,2): three heads
+    y = torch.stack([(net.cfg.beta * (k[:-1, h] @ k[-1, h])).softmax(0) @ v[1:, h] for h in range(3)])
+    expected = torch.view_as_complex(y) @ z.T
     with mock.patch.object(toys, "LOSS_CLIP", 100.0):
         for sign in (1, -1):                      # the same prediction, whatever x_42 is
             x[:, 42] *= sign
@@ -2467,37 +2404,22 @@ def test_toys_moons_is_strictly_causal():
         assert abs(net(x[:, :43], *alone).item() - loss / 2) < 1e-6
 
 
-def net_prediction(net, x):
-    """The next observation after x (1,n,3), by the definition written out."""
-    phi, psi, z = net.matrices()
-    n, D = x.size(1), 6 // net.cfg.heads
-    with torch.no_grad():
-        k = torch.view_as_real(x[0] @ phi.T).reshape(n, net.cfg.heads, D)
-        v = torch.view_as_real(x[0] @ psi.T).reshape(n, net.cfg.heads, D)
-        y = torch.zeros(net.cfg.heads, D)
-        for h in range(net.cfg.heads):
-            weight = (net.cfg.beta * (k[:n - 1, h] @ k[n - 1, h])).softmax(0)
-            y[h] = weight @ v[1:, h]
-        return torch.view_as_complex(y.reshape(3, 2)) @ z.T
-
-
 def test_toys_disentangled_needs_one_moon_a_head_everywhere():
-    eye, swap = torch.eye(3), torch.eye(3)[[1, 0, 2]]
-    assert toys.disentangled(swap, swap, swap.T)[0] and toys.disentangled(3 * eye, 2 * eye, eye)[0]
-    assert not toys.disentangled(swap, eye, eye)[0]                       # keys of one moon, values of another
-    cycle = torch.eye(3)[[1, 2, 0]]
-    assert toys.disentangled(cycle, cycle, cycle.T)[0] and not toys.disentangled(cycle, cycle, cycle)[0]
-    assert not toys.disentangled(torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 0, 2]].T)[0]
+    eye, swap, cycle, twice = (torch.eye(3)[rows] for rows in ([0, 1, 2], [1, 0, 2], [1, 2, 0], [0, 0, 2]))
+    for matrices in ((swap, swap, swap.T), (3 * eye, 2 * eye, eye), (cycle, cycle, cycle.T)):
+        assert toys.disentangled(*matrices)[0], matrices
+    for matrices in ((swap, eye, eye), (cycle, cycle, cycle), (twice, twice, twice.T)):  # first: keys and values of two moons
+        assert not toys.disentangled(*matrices)[0], matrices
     ok, share = toys.disentangled(eye, eye + 0.3 * (1 - eye), eye)
     assert not ok and abs(share - 1 / 1.18) < 1e-5
 
 
 def test_toys_moons_converges():
-    with tempfile.TemporaryDirectory() as out:
+    with folder() as out:
         status, text, err = call(toys.main, "moons", "--heads=3", "--T=160", "--skip=60", "--steps=220", "--sequences=16",
                                  "--jobs=1", f"--out_dir={out}")
-        result = json.loads(Path(out, "moons", "3-steps=220-T=160-skip=60-sequences=16-s1", "result.json").read_text())
-        assert status == 0 and {p.name for p in Path(out).glob("*.png")} == {"moons.png", "moons-matrices.png"}, err
+        result = json.loads((out / "moons/3-steps=220-T=160-skip=60-sequences=16-s1/result.json").read_text())
+        assert status == 0 and {p.name for p in out.glob("*.png")} == {"moons.png", "moons-matrices.png"}, err
     first, _, _, known, _ = result["stairs"]
     assert result["disentangled"] and first > 0.5 and known < 0.08, (result["smallest_share"], result["stairs"])
     assert f"{first:.3f} |" in text and "1/1" in text
@@ -2520,9 +2442,8 @@ def test_toys_bad_flags_are_one_line():
             refused(toys.main, argv.split(), *words)
 
 
-def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_layer_too():
-    for name, settings in toys.LENGTH_MODELS.items():
-        assert analyze.condition(settings).split()[0] == name
+def test_toys_names_of_models_are_conditions():
+    assert all(analyze.condition(settings).split()[0] == name for name, settings in toys.LENGTH_MODELS.items())
     assert [toys.Length(model="floor").architecture().window_of(i) for i in range(2)] == [16, 16]
     assert toys.Length(model="global").architecture().window_of(1) is None
     changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]
@@ -2532,22 +2453,21 @@ def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_l
 
 
 def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_runs_are_skipped():
-    with tempfile.TemporaryDirectory() as out:
-        flags = ["recall", "--model=local,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=2",
+    with folder() as out:
+        flags = ["recall", "--model=floor,deltanet", "--seeds=2", "--steps=2", "--n_embd=16", "--test_rows=4", "--T=32", "--jobs=2",
                  f"--out_dir={out}"]
         assert [(c.model, c.seed) for c in toys.plan(flags)] == [("floor", 1), ("floor", 2), ("deltanet", 1), ("deltanet", 2)]
         done = subprocess.run([sys.executable, toys.__file__, *flags], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "4/4  recall-" in done.stdout and "[recall-" not in done.stdout.split("4/4")[1] and "skipped" not in done.stdout
-        made = sorted(Path(out, "length").glob("*/result.json"))
-        results = [json.loads(path.read_text()) for path in made]
+        made = sorted(out.glob("length/*/result.json"))
+        r, *_ = [json.loads(path.read_text()) for path in made]
         made[0].unlink()
         status, text, err = call(toys.main, *flags, "--jobs=1")
         assert status == 0 and "3 of 4 runs are finished already" in text, err
-        assert json.loads(made[0].read_text())["accuracy"] == results[0]["accuracy"]  # a function of the settings alone
-        assert Path(out, "recall.png").read_bytes()[:4] == b"\x89PNG"
+        assert json.loads(made[0].read_text())["accuracy"] == r["accuracy"]  # a function of the settings alone
+        assert (out / "recall.png").read_bytes()[:4] == b"\x89PNG"
     assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "floor 0." in text
-    r = results[0]
     assert len(made) == 4 and made[0].parent.name == r["name"] and (r["toy"], r["config"]["model"], r["seed"]) == ("length", "deltanet", 1)
     assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])
     assert r["state_bytes"][0] == r["state_bytes"][-1]  # the delta rule's state does not grow
@@ -2557,95 +2477,93 @@ def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_
 def test_toys_length_counts_the_last_tokens_and_all_distances():
     """Every answer is 0. One model gives it but in the last T tokens, the other only there."""
     def batch(task, rows, T, *seed):
-        return torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int64), torch.arange(1, T + 1).expand(rows, T)
+        return *torch.zeros(2, rows, T, dtype=torch.int64), torch.arange(1, T + 1).expand(rows, T)
 
     cfg = toys.Length(T=32, test_rows=2, window=16)
-    for wrong_at_the_end in (True, False):
+    for wrong_at_the_end, accuracy, by_distance, far in ((True, 0, [1, 1, 1, 1, 0.758], 193),
+                                                         (False, 1, [0, 0, 0, 0, 0.242], 32)):
         def stream(x):
             at_the_end = torch.arange(x.size(1)) >= x.size(1) - cfg.T
             return F.one_hot((at_the_end == wrong_at_the_end).long().expand(x.shape), 2).float(), None
         with recorded(length_batch=batch):
             r = toys.measure_length(SimpleNamespace(stream=stream), cfg)
-        assert r["accuracy"] == [0.0 if wrong_at_the_end else 1.0] * 4
+        assert r["accuracy"] == [accuracy] * 4 and abs(r["far_accuracy"] - far / 225) < 1e-6
         assert [b["distance"] for b in r["by_distance"]] == [[1, 15], [16, 31], [32, 63], [64, 127], [128, 255]]
         assert [b["asked"] for b in r["by_distance"]] == [30, 32, 64, 128, 256]
-        assert [round(b["accuracy"], 3) for b in r["by_distance"]] == ([1, 1, 1, 1, 0.758] if wrong_at_the_end else [0, 0, 0, 0, 0.242])
-        assert abs(r["far_accuracy"] - (193 if wrong_at_the_end else 32) / 225) < 1e-6
+        assert [round(b["accuracy"], 3) for b in r["by_distance"]] == by_distance
 
 
-def test_toys_length_tests_on_rows_that_were_not_trained_on():
-    with recorded(length_batch=toys.length_batch, fit=five_batches) as calls:
+def test_toys_train_on_every_automaton_once_an_epoch_and_test_on_what_was_not_trained_on():
+    def five_batches(model, batch_fn, cfg):
+        return [batch_fn(i) for i in range(5)]
+
+    with recorded(length_batch=toys.length_batch, Instances=toys.Instances, fit=five_batches) as calls:
         toys.length_job(toys.Length(T=32, batch_size=8, test_rows=8, **TOY_SHAPE))
-    trained = {tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()}
+        result = toys.regbench_job(toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **TOY_SHAPE | dict(steps=5)))
+    lengths, automata = ([tuple(row) for x, _ in batches for row in x.tolist()] for _, batches in calls["fit"])
     tested = [x for _, (x, _, _) in calls["length_batch"][5:]]
-    assert len(trained) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
-    assert not trained & {tuple(row) for row in tested[0].tolist()}
+    assert len(set(lengths)) == 40 and [x.shape for x in tested] == [(8, T) for T in (32, 64, 128, 256)]
+    assert not set(lengths) & set(map(tuple, tested[0].tolist()))
 
-
-def test_toys_regbench_trains_on_every_automaton_once_an_epoch_and_tests_on_others():
-    cfg = toys.RegBench(automata=10, T=24, test_automata=4, batch_size=4, **TOY_SHAPE)
-    with recorded(Instances=toys.Instances, fit=five_batches) as calls:
-        result = toys.regbench_job(replace(cfg, steps=5))
-    made = calls["Instances"]
-    rows = [tuple(row) for x, _ in calls["fit"][0][1] for row in x.tolist()]
-    assert len(rows) == 20 and len(set(rows[:10])) == 10 and set(rows[:10]) == set(rows[10:])
+    assert len(automata) == 20 and len(set(automata[:10])) == 10 and set(automata[:10]) == set(automata[10:])
     assert set(result) == {"ood", "valid", "iid", "parameters"}
-
     # By their seeds these are ood, valid, training and iid. All are the languages of one draw, without a repetition.
-    ood, valid, trained, iid = ({repr(a) for a in automata} for (automata, _, _), _ in sorted(made, key=lambda made: made[0][1]))
+    made = sorted((seed, {repr(a) for a in drawn}) for (drawn, seed, _), _ in calls["Instances"])
+    seeds, (ood, valid, trained, iid) = zip(*made)
     assert (len(ood), len(valid), len(trained), len(ood | valid | trained)) == (4, 4, 10, 18) and iid < trained
-    assert len({seed for (_, seed, _), _ in made}) == 4  # iid has other strings of these automata
+    assert len(set(seeds)) == 4  # iid has other strings of these automata
 
 
 def test_toys_regbench_report_chooses_on_the_validation_automata():
-    def result(lr, valid, ood):
+    results = []
+    for lr, valid, ood in ((0.001, 0.6, 0.9), (0.002, 0.8, 0.7), (0.004, 0.7, 0.95)):
         scores = {name: dict.fromkeys(toys.METRICS, value) for name, value in (("valid", valid), ("ood", ood), ("iid", 0.5))}
-        return dict(scores, config=vars(toys.RegBench(model="mosaic", automata=100, T=24, test_automata=4, lr=lr)), parameters=1)
-
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as text:
-        results = [result(0.001, 0.6, 0.9), result(0.002, 0.8, 0.7), result(0.004, 0.7, 0.95)]
+        cfg = toys.RegBench(model="mosaic", automata=100, T=24, test_automata=4, lr=lr)
+        results.append(dict(scores, config=vars(cfg), parameters=1))
+    with folder() as out, contextlib.redirect_stdout(io.StringIO()) as text:
         for order in (results, results[::-1]):
-            (experiment, said, here), = toys.report_regbench(order, Path(out))
+            (experiment, said, here), = toys.report_regbench(order, out)
             assert experiment == "regbench, mosaic, lr=0.002, 100 automata" and here == "0.700 / 0.700" and "0.925 / 0.57" in said
-        assert json.loads(Path(out, "regbench", "baselines.json").read_text())["ood"].keys() >= {"uniform", "3-gram"}
-        assert Path(out, "regbench.png").read_bytes()[:4] == b"\x89PNG" and "RetNet 0.876" in text.getvalue()
+        assert json.loads((out / "regbench/baselines.json").read_text())["ood"].keys() >= {"uniform", "3-gram"}
+        assert (out / "regbench.png").read_bytes()[:4] == b"\x89PNG" and "RetNet 0.876" in text.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # analyze.py: the statistics against hand-worked numbers and scipy, the reader against broken files
 
-LN2 = math.log(2)
-
-
 def result(memory="none", window="SSSL", seed=1, bpb=1.0, T=512, curve=None, **more):
     """A result file as train.py writes it; `curve`: bpb per 64-token bucket (default flat)."""
     curve = [bpb] * (T // 64) if curve is None else list(curve)
-    nbytes = [1000.0] * len(curve)
-    nats = [b * LN2 * n for b, n in zip(curve, nbytes)]
-    config = {"memory": memory, "window": window, "max_seq_len": T, "memory_layers": "all", "lr": 0.01, "rmt_tokens": 16,
-              "seed": seed, "device": "cpu", "log_every": 10, **more.pop("config", {})}
-    return {"memory": memory, "window": window, "preset": "laptop", "seed": seed, "max_seq_len": T, "config": config,
-            "dataset": "python", "data_sha256": "ab", "val_bpb": bpb, "val_loss": bpb, "train_tokens": 1_000_000,
-            "total_params": 1_000_000, "memory_params": 0, "flops_per_token": 6e6, "state_bytes": 65536,
-            "total_time_min": 3.0, "tokens_per_second": 5000.0, "peak_vram_mib": None, "device": "cpu", "versions": {},
-            "bpb_by_position": {"bucket": 64, "positions": list(range(0, 64 * len(curve), 64)), "nats": nats, "bytes": nbytes,
-                                "bpb": curve}, **more}
+    named = dict(memory=memory, window=window, max_seq_len=T, seed=seed, device="cpu")
+    config = named | dict(memory_layers="all", lr=0.01, rmt_tokens=16, log_every=10) | more.pop("config", {})
+    by_position = dict(bucket=64, positions=list(range(0, 64 * len(curve), 64)), nats=[1000 * math.log(2) * b for b in curve],
+                       bytes=[1000.0] * len(curve), bpb=curve)
+    return named | dict(preset="laptop", config=config, dataset="python", data_sha256="ab", val_bpb=bpb, train_tokens=1_000_000,
+                        total_params=1_000_000, memory_params=0, flops_per_token=6e6, state_bytes=65536, total_time_min=3.0,
+                        tokens_per_second=5000.0, peak_vram_mib=None, bpb_by_position=by_position) | more
 
 
-def write(folder, name, content):
-    path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
+def of_seeds(*seeds, **settings):
+    return [result(seed=seed, **settings) for seed in seeds]
+
+
+@contextlib.contextmanager
+def stored(files):
+    """-> a folder with these files: path below it -> text, bytes, or what is written as JSON"""
+    with folder() as root:
+        for name, content in files.items():
+            content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        yield root
 
 
 def cells_of(*results, by=()):
-    with tempfile.TemporaryDirectory() as d:
-        for i, r in enumerate(results):
-            write(d, f"{i:03}/result.json", r)
-        runs, skipped, _ = analyze.read_all([d])
-        assert not skipped, skipped
-        return analyze.make_cells(runs, by)
+    with stored({f"{i:03}/result.json": r for i, r in enumerate(results)}) as root:
+        runs, skipped, _ = analyze.read_all([root])
+    assert not skipped, skipped
+    return analyze.make_cells(runs, by)
 
 
 def rows_of(table):
@@ -2670,15 +2588,17 @@ def test_condition_has_one_name_and_one_look():
     assert set(analyze.LOOKS) == set(analyze.CONDITIONS) and set(MEMORIES) - {"none"} <= set(analyze.LOOKS)
 
 
-def test_table_is_aligned_markdown():
+def test_table_is_aligned_markdown_and_numbers_are_short():
     text = analyze.table(["name", "x", "n"], [["a longer name", 1 / 3, None], ["b", 12.0, 7]])
     assert text.splitlines() == ["| name          |       x |   n |", "| ------------- | ------: | --: |",
                                  "| a longer name |  0.3333 |   - |", "| b             | 12.0000 |   7 |"]
     assert analyze.table(["a", "b"], [["x", "y"]], left=2).splitlines()[1] == "| --- | --- |"
     assert analyze.table(["a"], []) == "" and text.endswith("|\n")
+    assert [analyze.human(x) for x in (0, 0.5, 999.4, 999.9, 12345, 999_600, 2_097_176, -4000, 1e25)] == [
+        "0", "0.5", "999", "1k", "12.3k", "1M", "2.1M", "-4k", "1e+04Z"]
 
 
-def test_paired_uses_only_shared_seeds():
+def test_paired_uses_only_shared_seeds_and_sign_flip_is_exact():
     p = analyze.paired({1: 1.0, 2: 2.0, 3: 4.0, 9: 99.0}, {3: 3.0, 2: 1.5, 1: 0.9, 7: -50.0})
     assert p.seeds == [1, 2, 3] and np.allclose(p.diffs, [0.1, 0.5, 1.0])
     ref = stats.ttest_rel([1.0, 2.0, 4.0], [0.9, 1.5, 3.0])
@@ -2690,8 +2610,6 @@ def test_paired_uses_only_shared_seeds():
     same = analyze.paired({1: 2.0, 2: 3.0, 3: 4.0}, {1: 1.0, 2: 2.0, 3: 3.0})
     assert math.isnan(same.p_t) and same.mean == 1.0 and same.p_flip == 0.25
 
-
-def test_sign_flip_is_exact():
     assert analyze.sign_flip([1.0, 2.0, 3.0]) == 0.25                    # 2 of 8: all + and all -
     assert analyze.sign_flip([1.0, 2.0, 3.0, -1.0]) == 6 / 16            # |sum| >= 5: hand-counted
     assert analyze.sign_flip([0.1, 0.2, 0.3, -0.3, -0.3]) == 1.0         # a sum of 0, but for rounding, is always reached
@@ -2704,11 +2622,9 @@ def test_sign_flip_is_exact():
 
 
 def test_holm():
-    assert analyze.holm([]) == []
-    assert np.allclose(analyze.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert np.allclose(analyze.holm([0.5, 0.9, 0.8]), [1.0, 1.0, 1.0])
-    got = analyze.holm([0.02, math.nan, 0.01])                           # a test not made is not in the family
-    assert np.allclose([got[0], got[2]], [0.02, 0.02]) and math.isnan(got[1])
+    for raw, adjusted in (([], []), ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]), ([0.5, 0.9, 0.8], [1.0, 1.0, 1.0]),
+                          ([0.02, math.nan, 0.01], [0.02, math.nan, 0.02])):  # a test not made is not in the family
+        assert np.allclose(analyze.holm(raw), adjusted, equal_nan=True), raw
     # in the table each kind of test has its own correction, in brackets
     noise = np.random.default_rng(0).normal(0, 0.01, (6, 4))
     conditions = [("none", "SSSL", 1.0), ("none", "L", 0.99), ("ttt", "SSSL", 0.9), ("knn", "SSSL", 1.001)]
@@ -2720,7 +2636,7 @@ def test_holm():
         assert np.allclose(analyze.holm(raw), adjusted, rtol=0.02), (column, rows)
 
 
-def test_closure_edges():
+def test_closure_at_its_edges_and_how_often_its_interval_holds_the_truth():
     ratio, lo, hi = analyze.closure([2.0, 2.2, 1.8, 2.0], [4.0, 4.1, 3.9, 4.0])
     assert math.isclose(ratio, 0.5) and lo < 0.5 < hi
     assert analyze.closure([1.0, 1.0], [2.0, 2.1]) == analyze.NOT_ENOUGH
@@ -2731,10 +2647,7 @@ def test_closure_edges():
     # constant D: the ratio is a mean, and the interval has to be its t interval
     G = np.array([1.0, 1.5, 1.2, 0.9, 1.6])
     assert np.allclose(analyze.closure(G, np.full(5, 2.0)), np.array(analyze.t_interval(G)) / 2, rtol=0.03)
-
-
-def test_bootstrap_coverage():
-    """The 95% interval of a known closure, on simulated seeds that share the noise of their local run."""
+    # the 95% interval of a known closure, on simulated seeds that share the noise of their local run
     for n in (3, 5, 8):
         rng, hits = np.random.default_rng(n), []
         for _ in range(400):
@@ -2746,8 +2659,7 @@ def test_bootstrap_coverage():
 
 def test_null_correlation():
     """Three independent noises: r is near 0.5, the null says so, and split seeds see nothing."""
-    rng = np.random.default_rng(0)
-    answers = []
+    rng, answers = np.random.default_rng(0), []
     for _ in range(40):
         r, null, split = analyze.gain_deficit(*rng.normal(size=(3, 4, 64)))
         assert len(null) == 7                                            # 2^(4-1) choices of signs, less the zero one
@@ -2764,108 +2676,84 @@ def test_null_correlation():
     assert math.isnan(analyze.corr([1.0, 1.0], [1.0, 2.0]))
 
 
-def test_numbers_are_short():
-    assert [analyze.human(x) for x in (0, 0.5, 999.4, 999.9, 12345, 999_600, 2_097_176, -4000, 1e25)] == [
-        "0", "0.5", "999", "1k", "12.3k", "1M", "2.1M", "-4k", "1e+04Z"]
-
-
-def test_pareto():
+def test_pareto_and_matched_compute():
     points = [(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (4, 1), (0.5, 9), (5, 0.5)]
     assert analyze.pareto(points) == [0, 1, 4, 5, 6, 7]                  # (3,4) loses to (2,4), (2,6) to (1,5); ties stay
-    cloud = np.random.default_rng(0).normal(size=(60, 2)).tolist()
-    best, low = set(), math.inf
+    cloud, low = np.random.default_rng(0).normal(size=(60, 2)).tolist(), math.inf
+    best = set(analyze.pareto(cloud))
     for i in sorted(range(60), key=lambda i: cloud[i]):                  # the other way: sort by cost, keep new minima
-        if cloud[i][1] < low:
-            best, low = best | {i}, cloud[i][1]
-    assert set(analyze.pareto(cloud)) == best
+        assert (i in best) == (cloud[i][1] < low)
+        low = min(low, cloud[i][1])
 
-
-def test_matched_compute():
     log = [{"step": s, "seconds": 60.0 * s, "tokens": 1000 * s, "val_bpb": b} for s, b in ((1, 3.0), (4, 2.0), (16, 1.0))]
     log += [{"step": 17, "train_loss": 1.0}, {"step": 18, "tokens": 18000, "seconds": None, "val_bpb": math.nan}]
     twice = [dict(e, seconds=2 * e["seconds"]) for e in log[:2]]
-    fast = [result(seed=s, bpb=1.0, log=log) for s in (1, 2, 3)]
-    slow = [result("ttt", seed=s, bpb=1.5, log=twice) for s in (1, 2, 3)]
-    cells, _ = cells_of(*fast, *slow)
-    run = cells[0].runs[1]
-    assert analyze.at_budget(run, "minutes", 4.0) == 2.0 and math.isclose(analyze.at_budget(run, "minutes", 8.0), 1.5)
-    assert math.isclose(analyze.at_budget(run, "flops", 6e6 * 2000), 2.5)
-    assert math.isnan(analyze.at_budget(run, "minutes", 17.0)) and math.isnan(analyze.at_budget(run, "minutes", 0.5))
+    runs = of_seeds(1, 2, 3, log=log) + of_seeds(1, 2, 3, memory="ttt", bpb=1.5, log=twice)
+    cells, _ = cells_of(*runs)
+    for cost, budget, bpb in (("minutes", 4, 2), ("minutes", 8, 1.5), ("flops", 6e6 * 2000, 2.5), ("minutes", 17, math.nan),
+                              ("minutes", 0.5, math.nan)):
+        assert np.isclose(analyze.at_budget(cells[0].runs[1], cost, budget), bpb, 1e-9, 0, equal_nan=True), (cost, budget)
     # the common budgets are what ttt reached: 4000 tokens (both at 2.0) and 8 minutes (1.5 against 2.0)
     assert [row[1:] for row in rows_of(analyze.matched_table(cells)) if row[2] == "ttt"] == [
         ["24G FLOPs", "ttt", "3", "2.00000", "local", "+0.00 [+0.00, +0.00]"],
         ["8 minutes", "ttt", "3", "2.00000", "local", "+500.00 [+500.00, +500.00]"]]
     assert analyze.matched_table(cells_of(result(), result("ttt"))[0]) == ""      # no log: no table
-    late, _ = cells_of(*fast, *slow, result("knn", bpb=1.0, log=log[2:]))         # none of it within the budget: said, not left out
+    late, _ = cells_of(*runs, result("knn", log=log[2:]))                         # none of it within the budget: said, not left out
     knn = [row[3:5] for row in rows_of(analyze.matched_table(late)) if row[2] == "knn"]
     assert knn == [["0", "first evaluated later"]] * 2
 
 
-def test_cells_pairs_and_repeats():
-    runs = [result(seed=s, bpb=1 + s / 100) for s in (1, 2, 3)] + [result(window="L", seed=s, bpb=0.9) for s in (2, 3, 4, 5)]
-    runs += [result(seed=2, bpb=0.5)]                                    # seed 2 again, and better: must not count
-    cells, repeats = cells_of(*runs)
+def test_cells_pairs_repeats_mixtures_and_baselines():
+    runs = [result(seed=s, bpb=1 + s / 100) for s in (1, 2, 3)] + of_seeds(2, 3, 4, 5, window="L", bpb=0.9)
+    cells, repeats = cells_of(*runs, result(seed=2, bpb=0.5))            # seed 2 again, and better: must not count
     assert [(c.label, sorted(c.runs)) for c in cells] == [("local", [1, 2, 3]), ("global", [2, 3, 4, 5])]
     assert cells[0].runs[2].bpb == 1.02 and len(repeats) == 1 and "520.00 mBPB" in repeats[0]
-    assert analyze.paired(cells[0].bpb(), cells[1].bpb()).seeds == [2, 3]
     assert rows_of(analyze.mechanism_table(cells)) == [["512", "global", "local", "2", analyze.NOT_ENOUGH, "-", "-", "-"]]
-
-
-def test_mixed_cell_is_an_error():
-    mixtures = ((dict(config={"lr": 0.02}), ("lr is 0.01", "0.02", "--by=lr")), (dict(data_sha256="cd"), ("data_sha256",)),
-                (dict(train_tokens=5), ("train_tokens",)))
-    for other, words in mixtures:
-        raises(analyze.UserError, lambda: cells_of(result(seed=1), result(seed=2, **other)), *words)
-    cells, _ = cells_of(result(seed=1), result(seed=2, config={"lr": 0.02}), by=["lr"])
+    # configurations don't mix in a cell
+    faster = result(seed=2, config={"lr": 0.02})
+    for other, *words in ((faster, "lr is 0.01", "0.02", "--by=lr"), (result(seed=2, data_sha256="cd"), "data_sha256"),
+                          (result(seed=2, train_tokens=5), "train_tokens")):
+        raises(analyze.UserError, lambda: cells_of(result(), other), *words)
+    cells, _ = cells_of(result(), faster, by=["lr"])
     assert [c.label for c in cells] == ["local lr=0.01", "local lr=0.02"]
     # what says only how it was run, belongs to another memory, or is a pattern that no layer follows, is no mixture
     for memory, other in (("none", {"device": "cuda", "log_every": 1, "rmt_tokens": 0}), ("ttt", {"window": "L"})):
-        cells, _ = cells_of(result(memory, seed=1), result(memory, seed=2, config=other))
-        assert len(cells) == 1 and len(cells[0].runs) == 2
+        (cell,), _ = cells_of(result(memory), result(memory, seed=2, config=other))
     # RMT without memory tokens is RMT's own baseline, not a mixture
     cells, _ = cells_of(*(result("rmt", seed=s, config={"rmt_tokens": m}) for s in (1, 2, 3) for m in (0, 16)))
     assert [c.label for c in cells] == ["rmt", "rmt-0"]
     assert [row[1:4] for row in rows_of(analyze.mechanism_table(cells))] == [["rmt", "rmt-0", "3"]]
-
-
-def test_baseline_is_the_most_similar():
-    cells, _ = cells_of(*(result(m, seed=s, config={"n_layer": n}) for m in ("none", "ttt") for s in (1, 2, 3) for n in (2, 4)),
-                        by=["n_layer"])
-    ttt4 = next(c for c in cells if c.label == "ttt n_layer=4")
-    assert analyze.baseline(ttt4, cells, "local").label == "local n_layer=4"
-    unequal, _ = cells_of(result(seed=1), result("ttt", seed=1, config={"lr": 0.5}))
+    # of several baselines the most similar is taken, and what differs is said
+    cells, _ = cells_of(*(result(m, config={"n_layer": n}) for m in ("none", "ttt") for n in (2, 4)), by=["n_layer"])
+    assert cells[3].label == "ttt n_layer=4"
+    assert analyze.baseline(cells[3], cells, "local").label == "local n_layer=4"
+    unequal, _ = cells_of(result(), result("ttt", config={"lr": 0.5}))
     assert "\n- ttt and local: lr\n" in analyze.mechanism_table(unequal)
 
 
-def test_buckets_recombine():
+def test_buckets_recombine_and_give_deficit_gain_and_closure():
     rng = np.random.default_rng(0)
     nats, nbytes = rng.uniform(50, 300, 8), rng.integers(50, 400, 8).astype(float)
     nbytes[3], nats[3] = 0, 0                                            # a bucket of special tokens only
-    d = {"positions": list(range(0, 512, 64)), "nats": nats.tolist(), "bytes": nbytes.tolist(), "bpb": [0.0] * 8}
-    curve, n_bytes, total = analyze.read_curve(d)
-    assert math.isclose(total, nats.sum() / LN2 / nbytes.sum()) and 192 not in curve and len(curve) == len(n_bytes) == 7
+    curve, n_bytes, total = analyze.read_curve(dict(positions=list(range(0, 512, 64)), nats=nats.tolist(), bytes=nbytes.tolist()))
+    assert math.isclose(total, nats.sum() / math.log(2) / nbytes.sum()) and 192 not in curve and len(curve) == len(n_bytes) == 7
     values = list(curve.values())
     assert math.isclose(total, np.average(values, weights=n_bytes)) and abs(total - np.mean(values)) > 1e-3
     for last, words in ((1.25, "recombine to val_bpb."), (1.30, "do not recombine")):
-        cells, _ = cells_of(*(result(bpb=1.0, seed=s, curve=[1.5, 0.5, 0.75, last]) for s in (1, 2)))
-        assert words in analyze.recombination(cells)
+        assert words in analyze.recombination(cells_of(*of_seeds(1, 2, curve=[1.5, 0.5, 0.75, last]))[0])
 
-
-def test_position_deficit_gain_closure():
-    """D = 0.2 and G = 0.1 in the second half, with a small seed noise in all three: closure is 0.5."""
-    rng, runs = np.random.default_rng(0), []
+    # D = 0.2 and G = 0.1 in the second half, with a small seed noise in all three: closure is 0.5
+    runs = []
     for s in range(1, 6):
         for memory, window, level in (("none", "SSSL", 1.2), ("none", "L", 1.0), ("ttt", "SSSL", 1.1)):
             runs.append(result(memory, window, s, curve=np.array([1.0] * 4 + [level] * 4) + rng.normal(0, 1e-4, 8)))
-    runs.append(result("ttt", seed=6))                                   # no partner: left out
-    cells, _ = cells_of(*runs)
+    cells, _ = cells_of(*runs, result("ttt", seed=6))                    # it has no partner, and is left out
     (c, positions, L, M, F), = analyze.position_curves(cells)
     assert c.label == "ttt" and L.shape == M.shape == F.shape == (5, 8) and positions == list(range(0, 512, 64))
     (row,) = rows_of(analyze.position_table(cells))
     D, G = (float(x.split(" ")[0]) for x in row[3:5])
     assert row[2] == "5" and abs(D - 100) < 0.2 and abs(G - 50) < 0.2, row
-    runs[2] = result("ttt", seed=1, curve=[1.0] * 8)                     # measured on other tokens: doesn't compare
-    runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)
+    runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)                 # measured on other tokens: doesn't compare
     (_, _, L, M, F), = analyze.position_curves(cells_of(*runs)[0])
     assert L.shape == (4, 8)
 
@@ -2912,121 +2800,105 @@ def test_broken_files_are_named_skipped_and_counted():
     short = {"positions": [0, 64], "nats": [1.0], "bytes": [1, 1]}
     bad = {"cut": json.dumps(result())[:200], "empty": "", "list": "[1, 2]", "nothing": "{}", "noseed": result(seed=None),
            "nobpb": {k: v for k, v in result().items() if k != "val_bpb"}, "nan": result(bpb=math.nan, curve=[1.0]),
-           "text": result() | {"val_bpb": "1.0"}, "lengths": result() | {"bpb_by_position": short},
-           "curve": result() | {"bpb_by_position": {"x": 1}}, "config": result() | {"config": 3}, "binary": ""}
-    with tempfile.TemporaryDirectory() as d:
-        for s in (1, 2, 3):
-            write(d, f"a/{s}/result.json", result(seed=s))
-        for name, content in bad.items():
-            write(d, f"bad/{name}/result.json", content)
-        Path(d, "bad/binary/result.json").write_bytes(b"\xff\xfe\x00{")
-        # no errors: JSON of another kind, what eval.py measured on a run already read, a toy's result
-        write(d, "other.json", {"hello": 1})
-        write(d, "a/1/eval_bpb.json", result(seed=9))
-        write(d, "toy/result.json", result(seed=9) | {"toy": "length"})
-        status, out, err = call(analyze.main, d, f"--out={d}/report")
-        text = Path(d, "report/REPORT.md").read_text()
+           "text": result(val_bpb="1.0"), "lengths": result(bpb_by_position=short), "curve": result(bpb_by_position={"x": 1}),
+           "config": result() | {"config": 3}, "binary": b"\xff\xfe\x00{"}
+    # no errors: JSON of another kind, what eval.py measured on a run already read, a toy's result
+    other = {"other.json": {"hello": 1}, "a/1/eval_bpb.json": result(seed=9), "toy/result.json": result(seed=9, toy="length")}
+    files = {f"bad/{name}/result.json": content for name, content in bad.items()}
+    with stored(other | files | {f"a/{s}/result.json": result(seed=s) for s in (1, 2, 3)}) as root:
+        status, out, err = call(analyze.main, root, f"--out={root}/report")
+        text = (root / "report/REPORT.md").read_text()
         assert status == 1 and f"{len(bad)} files skipped" in out, (status, out, err)
-        for name in bad:
-            assert f"bad/{name}/result.json: " in err and f"bad/{name}/result.json: " in text, name
+        for name in files:
+            assert f"{name}: " in err and f"{name}: " in text, name
         assert "3 runs in 1 conditions; 12 files skipped" in text and "3 other JSON files ignored" in text
-        assert call(analyze.main, f"{d}/a", f"--out={d}/report")[0] == 0
+        assert call(analyze.main, root / "a", f"--out={root}/report")[0] == 0
 
 
 def test_bad_input_to_analyze_is_one_line():
-    with tempfile.TemporaryDirectory() as d:
-        write(d, "bad/result.json", "{")
-        write(d, "mixed/1/result.json", result(seed=1))
-        write(d, "mixed/2/result.json", result(seed=2, config={"lr": 1.0}))
-        Path(d, "empty").mkdir()
-        write(d, "file", "")
-        cases = (([f"{d}/missing"], "missing is not a folder"), ([f"{d}/bad"], "the first of 1 skipped"),
-                 ([f"{d}/empty"], "expected <run>/result.json"), ([f"{d}/mixed"], "mixes configurations"),
-                 ([f"{d}/mixed", "--colour=red"], "--colour=red"), ([], "folders"),
-                 ([f"{d}/mixed", "--by=lr", f"--out={d}/file"], "file"), ([f"{d}/mixed", "--by=lr,n_layers"], "--by=n_layers"))
-        for argv, words in cases:
+    with stored({"bad/result.json": "{", "mixed/1/result.json": result(), "mixed/2/result.json": result(seed=2, config={"lr": 1.0}),
+                 "empty/x": "", "file": ""}) as root:
+        for argv, words in (("/missing", "missing is not a folder"), ("/bad", "the first of 1 skipped"), ("", "folders"),
+                            ("/empty", "expected <run>/result.json"), ("/mixed", "mixes configurations"),
+                            ("/mixed --colour=red", "--colour=red"), ("/mixed --by=lr --out=/file", "file"),
+                            ("/mixed --by=lr,n_layers", "--by=n_layers")):
+            argv = argv.replace("/", f"{root}/").split()
             refused(analyze.main, argv, words)
             assert not call(analyze.main, *argv)[1]
         status, out, _ = call(analyze.main, "--help")
         assert status == 0 and "--by" in out and "--out" in out
 
 
-def peer(mechanism, seed, bpb, T=None, window=None, level=1.0):
-    """memory-bench's schema, as its published files have it."""
-    d = {"mechanism": mechanism, "depth": 12, "seed": seed, "val_bpb": bpb, "total_params": 286261730, "memory_params": 0,
-         "total_time_min": 5.4 + seed / 100, "peak_vram_mib": 29659.3, "flops_per_step": 398299446116352,
-         "total_flops": 1003714604213207040}
-    if T:
-        d |= {"max_seq_len": T, "window_pattern": window}
-    buckets = {f"{i}-{i + 64}": {"center_position": i + 32.0, "bpb": level + i * 1e-6} for i in range(0, T or 2048, 64)}
-    return d | {"bpb_by_position": {"task": "bpb_by_position", "buckets": buckets, "overall_mean_bpb": level}}
-
-
 def test_peer_schema():
-    with tempfile.TemporaryDirectory() as d:
-        for s in (42, 67, 1337):
-            write(d, f"baseline_d12_s{s}.json", peer("baseline", s, 0.84 + s * 1e-6))
-            write(d, f"baseline_d12_t2048_wL_s{s}.json", peer("baseline", s, 0.83, 2048, "L", level=0.9))
-            write(d, f"persistent_d12_s{s}.json", peer("persistent-32", s, 0.82, level=0.95))
-            write(d, f"rmt_d12_s{s}.json", peer(f"rmt-m{32 if s == 67 else 16}-s512", s, 0.88))
-        write(d, "baseline_d12_t2048_s42.json", peer("baseline", 42, 0.7, 2048, "SSSL"))
-        write(d, "statistical_tests_4seed.json", {"persistent": {"n_pairs": 4}})
-        runs, skipped, others = analyze.read_all([d])
+    files = {"statistical_tests_4seed.json": {"persistent": {"n_pairs": 4}}}
+    for mechanism, bpb, level, window, *seeds in (
+            ("baseline", 0.84, 1.0, None, 42, 67, 1337), ("baseline", 0.83, 0.9, "L", 42, 67, 1337), ("baseline", 0.7, 1.0, "SSSL", 42),
+            ("persistent-32", 0.82, 0.95, None, 42, 67, 1337), ("rmt-m16-s512", 0.88, 1.0, None, 42, 1337),
+            ("rmt-m32-s512", 0.88, 1.0, None, 67)):
+        buckets = {f"{i}-{i + 64}": {"center_position": i + 32.0, "bpb": level + i * 1e-6} for i in range(0, 2048, 64)}
+        for seed in seeds:                                               # as its published files have it
+            files[f"{mechanism}_d12_w{window}_s{seed}.json"] = dict(
+                mechanism=mechanism, depth=12, seed=seed, val_bpb=bpb + seed * 1e-6, total_params=286261730, memory_params=0,
+                total_time_min=5.4 + seed / 100, peak_vram_mib=29659.3, flops_per_step=398299446116352,
+                total_flops=1003714604213207040, bpb_by_position=dict(task="bpb_by_position", buckets=buckets, overall_mean_bpb=level),
+                **({"max_seq_len": 2048, "window_pattern": window} if window else {}))
+    with stored(files) as root:
+        runs, skipped, others = analyze.read_all([root])
         cells, repeats = analyze.make_cells(runs)
         assert not skipped and len(others) == 1 and len(repeats) == 1
         assert [(c.label, c.T, len(c.runs)) for c in cells] == [      # the peer pools the last two
-            ("local", 2048, 3), ("global", 2048, 3), ("persistent-32", 2048, 3), ("rmt-m16-s512", 2048, 2),
-            ("rmt-m32-s512", 2048, 1)]
-        assert list(cells[0].runs[42].curve)[:3] == [0, 64, 128] and cells[0].runs[42].bpb == 0.84 + 42e-6
-        assert cells[0].study == ("d12", "memory-bench")
-        assert math.isclose(cells[0].runs[42].costs["flops"], 1.003714604213207e18)
-        status, _, err = call(analyze.main, d, f"--out={d}/report")
-        text = Path(d, "report/REPORT.md").read_text()
+            ("local", 2048, 3), ("global", 2048, 3), ("persistent-32", 2048, 3), ("rmt-m16-s512", 2048, 2), ("rmt-m32-s512", 2048, 1)]
+        run = cells[0].runs[42]
+        assert list(run.curve)[:3] == [0, 64, 128] and run.bpb == 0.84 + 42e-6 and cells[0].study == ("d12", "memory-bench")
+        assert math.isclose(run.costs["flops"], 1.003714604213207e18)
+        status, _, err = call(analyze.main, root, f"--out={root}/report")
+        text = (root / "report/REPORT.md").read_text()
         assert status == 0 and "memory-bench" in text and "do not recombine" in text and not err
-        assert {p.name for p in Path(d, "report").iterdir()} == {"REPORT.md", "differences.png", "position.png", "pareto.png"}
+        assert {p.name for p in (root / "report").iterdir()} == {"REPORT.md", "differences.png", "position.png", "pareto.png"}
 
 
 def test_200_files_without_torch_in_10_seconds():
     """Each file costs little: two hundred are read and summed up at once. Panels are what takes long, so one length has most."""
-    rng = np.random.default_rng(0)
+    rng, files = np.random.default_rng(0), {}
     log = [{"step": k, "seconds": k, "tokens": 1000 * k, "val_bpb": 2 - 0.1 * k} for k in range(1, 11)]
-    with tempfile.TemporaryDirectory() as d:
-        for memory, window in (("none", "SSSL"), ("none", "L"), ("persistent", "SSSL"), ("rmt", "SSSL"), ("mosaic", "L")):
-            for T, seed in itertools.product((512, 1024), range(20)):
-                content = result(memory, window, seed, 1 + rng.normal(0, 0.01), T, rng.normal(1, 0.01, T // 64), log=log)
-                write(d, f"{memory}{window}{T}/{seed}/result.json", content)
-        code = ("import sys, analyze; status = analyze.main(sys.argv[1:]); "
-                "assert not {'torch', 'triton', 'model', 'data', 'train'} & set(sys.modules); sys.exit(status)")
+    conditions = [("none", "SSSL"), ("none", "L"), ("persistent", "SSSL"), ("rmt", "SSSL"), ("mosaic", "L")]
+    for (memory, window), T, seed in itertools.product(conditions, (512, 1024), range(20)):
+        content = result(memory, window, seed, 1 + rng.normal(0, 0.01), T, rng.normal(1, 0.01, T // 64), log=log)
+        files[f"{memory}{window}{T}/{seed}/result.json"] = content
+    code = ("import sys, analyze; status = analyze.main(sys.argv[1:]); "
+            "assert not {'torch', 'triton', 'model', 'data', 'train'} & set(sys.modules); sys.exit(status)")
+    with stored(files) as root:
         start = sum(os.times()[2:4])                                     # of the children's CPU: other work doesn't count
-        r = subprocess.run([sys.executable, "-c", code, d, f"--out={d}/report"], cwd=ROOT, capture_output=True, text=True)
-        assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 conditions"), r
-        assert sum(os.times()[2:4]) - start < 10, sum(os.times()[2:4]) - start
+        r = subprocess.run([sys.executable, "-c", code, root, f"--out={root}/report"], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 conditions"), r
+    assert sum(os.times()[2:4]) - start < 10, sum(os.times()[2:4]) - start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README.md: its example of a new memory is a memory, what it quotes stands in the code, what it shows exists
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_readme_example_of_a_new_memory():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = next(b.split("```")[0] for b in text.split("```python\n")[1:] if "MEMORIES[" in b)
+    block = next(b.split("```")[0] for b in README.split("```python\n")[1:] if "MEMORIES[" in b)
     before = dict(MEMORIES)
     try:
         exec(compile(block, "README.md", "exec"), vars(model))
         (name,) = set(MEMORIES) - set(before)
         LAWS["test_split_and_causality"]("laptop", name)
         LAWS["test_influence"](name, 1)
-        LAWS["test_purity"](name)
-        LAWS["test_bounded_state"](name)
         LAWS["test_generation_is_the_forward_argmax"](name, "gpt2")
-        LAWS["test_every_parameter_learns_and_has_an_optimizer"](name)
+        for law in ("test_purity", "test_bounded_state", "test_every_parameter_learns_and_has_an_optimizer"):
+            LAWS[law](name)
     finally:
         for name in set(MEMORIES) - set(before):
             del MEMORIES[name]
 
 
 def test_readme_quotes_the_code():
-    text, quoted = (ROOT / "README.md").read_text(encoding="utf-8"), 0
-    for block in text.split("```python\n")[1:]:
+    quoted = 0
+    for block in README.split("```python\n")[1:]:
         where, _, block = block.split("```")[0].partition("\n")
         if not (found := re.fullmatch(r"# (\w+\.py), ([\w.]+)", where)):
             continue
@@ -3041,22 +2913,17 @@ def test_readme_quotes_the_code():
     assert quoted >= len(MEMORIES)
 
 
-def test_readme_shows_what_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", text) + re.findall(r"`(results/[\w./-]+)`", text)
+def test_readme_shows_what_is_there_and_is_short_and_narrow():
+    named = re.findall(r"\]\((?!http|#)([^)#]+)\)", README) + re.findall(r"`(results/[\w./-]+)`", README)
     assert named and not [name for name in named if not (ROOT / name).exists()], named
-    lengths = re.findall(r"`(\w+\.py)` \| ([\d,]+) \|", text)  # of the files, in lines
+    lengths = re.findall(r"`(\w+\.py)` \| ([\d,]+) \|", README)  # of the files, in lines
     assert len(lengths) == 8
     for name, said in lengths:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert abs(int(said.replace(",", "")) - lines) <= 0.05 * lines, (name, said, lines)
-
-
-def test_readme_is_short_and_narrow():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    words = [word for word in text.split() if re.search(r"\w", word)]
+    words = [word for word in README.split() if re.search(r"\w", word)]
     assert len(words) <= 2500, len(words)
-    prose = "".join(text.split("```")[::2])  # without code
+    prose = "".join(README.split("```")[::2])  # without code
     wide = [line for line in prose.splitlines() if len(line) > 160 and not line.startswith("|")]
     assert not wide, wide
 
