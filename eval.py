@@ -26,7 +26,7 @@ Glossary
     sums            nats, bytes and targets, summed by position: a tensor (3,positions), float64
     bucket          neighbouring positions taken together. Nats and bytes are summed before they are
                     divided, bpb = Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
-    piece           the tokens that one call of `stream` reads: as many as a row had in training. So
+    stretch         the tokens that one call of `stream` reads: as many as a row had in training. So
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
@@ -63,8 +63,8 @@ from torch import Tensor
 
 from data import UserError, did_you_mean, encode
 from model import GPT, MEMORIES, Attention, Block, ContextualMemory, check_options, option, state_bytes
-from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in,
-                   load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
+from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
+                   fill_in, load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
                    reset_peak_memory, save, save_json)
 
 
@@ -299,8 +299,9 @@ def memory_ceiling(device):
 
 
 def by_halves(function, *tensors: Tensor) -> Tensor:
-    """function(*tensors), a row of the result for each row of the tensors. Where all rows are too
-    many for the memory, half of them at a time: a limit is to be that of a single sequence."""
+    """function(*tensors), a row of the result for each row of the tensors. If the memory is too
+    small for all rows, each half is computed by itself, so that a limit is always that of a single
+    sequence."""
     rows = len(tensors[0])
     try:
         return function(*tensors)
@@ -319,20 +320,20 @@ def by_halves(function, *tensors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) after what `state` remembers, piece by piece. Yields where a
-    piece begins, its logits (rows,piece,V) in float32, and the state after it."""
+    """Streams the tokens x (rows,T) after what `state` remembers, stretch by stretch. Yields where
+    a stretch begins, its logits (rows,stretch,V) in float32, and the state after it."""
     device = pick_device(run.cfg)
-    piece = run.cfg.max_seq_len
-    for start in range(0, x.size(1), piece):
+    stretch = run.cfg.max_seq_len
+    for start in range(0, x.size(1), stretch):
         with autocast(run.cfg):
-            logits, state = run.model.stream(x[:, start:start + piece].to(device), state)
+            logits, state = run.model.stream(x[:, start:start + stretch].to(device), state)
         yield start, logits.float(), state
 
 
 def read_to_end(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) -> the last piece's logits (None if T is 0), the state after
+    """Streams the tokens x (rows,T) -> the last stretch's logits (None if T is 0), the state after
     it."""
-    last = deque(read(run, x, state), maxlen=1)  # the logits of the pieces before it are not kept
+    last = deque(read(run, x, state), maxlen=1)  # the logits of the stretches before it are not kept
     if not last:
         return None, state
     _, logits, state = last.pop()
@@ -343,9 +344,9 @@ UNREAD = -1.0  # in place of nats, which are never negative
 
 
 def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
-    """Nats of each target y (rows,T), float64 on the CPU; UNREAD from where the rows cannot be read
-    on. Then the reason is appended to `limits`. Raises an error of memory as long as there are
-    several rows: fewer may fit."""
+    """Nats of each target y (rows,T), float64 on the CPU. From where the rows cannot be read on, the
+    nats are UNREAD and the reason is appended to `limits`. Raises an error of memory as long as
+    there are several rows: fewer may fit."""
     nats = torch.full(y.shape, UNREAD, dtype=torch.float64)
     try:
         for start, logits, _ in read(run, x):
@@ -365,16 +366,6 @@ def bpb_of(sums: Tensor) -> float | None:
     """Bits per byte of all positions in sums (3,...)."""
     nats, size, _ = sums.reshape(3, -1).sum(1).tolist()
     return bits_per_byte(nats, size)
-
-
-def buckets(sums: Tensor, width: int) -> dict:
-    """Sums by position (3,T) -> by bucket of `width` positions, in the form of result.json."""
-    T = sums.size(1)
-    nats, size, targets = F.pad(sums, (0, -T % width)).view(3, -1, width).sum(-1).tolist()
-    bpb = [bits_per_byte(n, b) for n, b in zip(nats, size)]
-    loss = [n / t if t else None for n, t in zip(nats, targets)]
-    return dict(bucket=width, positions=list(range(0, T, width)), nats=nats, bytes=size, targets=targets,
-                bpb=bpb, loss=loss)
 
 
 def add_tokens(digest, x: Tensor, y: Tensor) -> None:
@@ -424,8 +415,8 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
                   limit=limits[0] if limits else None,
                   val_bpb=bpb_of(by_row),
                   val_loss=nats / targets if targets else None,
-                  bpb_by_position=buckets(by_row, bucket),
-                  bpb_by_document_position=buckets(by_document, bucket))
+                  bpb_by_position=by_bucket(by_row, bucket),
+                  bpb_by_document_position=by_bucket(by_document, bucket))
     return result, by_row
 
 
@@ -527,19 +518,19 @@ def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list
     Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left
     out.
     """
-    # Buckets are taken together, by sums again, until there are few enough.
+    # A point is the sum of so many neighbouring buckets that there are few enough points.
     sums = torch.tensor([curve["nats"], curve["bytes"], curve["targets"]], dtype=torch.float64)
-    narrow = curve["bucket"]
-    together = math.ceil(sums.size(1) / most)
-    wide = buckets(sums, together)
     enough = 0.001 * sums[1].sum().item()
+    together = math.ceil(sums.size(1) / most)
+    width = together * curve["bucket"]
 
     positions = []
     values = []
-    for first, value, size in zip(wide["positions"], wide[quantity], wide["bytes"]):
+    for i, bucket_sums in enumerate(sums.split(together, dim=1)):
+        nats, size, targets = bucket_sums.sum(1).tolist()
         if size > enough:
-            positions.append((first + together / 2) * narrow)
-            values.append(value)
+            positions.append((i + 0.5) * width)
+            values.append(nats / targets if quantity == "loss" else bits_per_byte(nats, size))
     return positions, values
 
 
@@ -727,7 +718,9 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     hay = torch.cat([x for x, *_ in corpus.eval_batches(length, opts.pairs, opts.pairs * length)])
     pair = torch.arange(len(keys)) // 2
     prompts = [hide(row, depth, before, after, key) for row, key in zip(hay[pair % len(hay)], keys)]
-    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    # The two keys of a pair are neighbouring rows; swapped, each is where the other was.
+    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)                            # (2·pairs,n)
 
     # As many rows at once as in training; a limit in any of them is the cell's.
     scores = []
@@ -738,7 +731,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     except FAILURES as e:
         return dict(cell, limit=limit(e))
 
-    # The two keys of a pair are neighbouring rows.
+    # A pair's margin is the mean of its two keys' margins.
     log_p_key, log_p_wrong, spelled = torch.cat(scores).unbind(1)
     margins = (log_p_key - log_p_wrong).view(-1, 2).mean(1)                             # (pairs,)
     return dict(cell, exact=spelled.mean(), margin=margins.mean(), margins=margins,
@@ -885,22 +878,22 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
     profiles = []
     mixers = dict(attention_layers(run))
     for i, shares in total.items():
-        leak = None
+        decay = None
         if isinstance(mixers[i], ContextualMemory):
-            leak = mixers[i].key.decay().detach().cpu()    # λ (H,)
-        profiles.append(dict(layer=i, length=length, sequences=n, leak=leak,
+            decay = mixers[i].key.decay().detach().cpu()    # λ (H,)
+        profiles.append(dict(layer=i, length=length, sequences=n, decay=decay,
                              memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
     return profiles
 
 
 def attention_row(found: dict) -> list:
     """A layer's line in the table: means over its heads."""
-    leaks = None
-    if found["leak"] is not None:
-        leaks = f"{found['leak'].min():.3f} {found['leak'].max():.3f}"
+    decays = None
+    if found["decay"] is not None:
+        decays = f"{found['decay'].min():.3f} {found['decay'].max():.3f}"
     profile = found["profile"].mean(0)
     return [found["layer"], found["length"], found["memory"].mean().item(), profile[0].item(),
-            profile[-RECENT:].sum().item(), leaks]
+            profile[-RECENT:].sum().item(), decays]
 
 
 def task_attention(runs: list[Run], opts: Options) -> None:
@@ -926,7 +919,7 @@ def task_attention(runs: list[Run], opts: Options) -> None:
             n = found[0]["sequences"]
             print(f"{run.label}: share of the last position's attention, mean of heads and {n} rows")
             head = ["layer", "tokens", "memory", "first token", f"last {RECENT} tokens",
-                    "leaky λ, least and most"]
+                    "decay λ, least and most"]
             print_table(head, [attention_row(f) for f in found])
             draw_attention(run, found)
 
@@ -939,9 +932,11 @@ def draw_attention(run: Run, found: list[dict]) -> None:
     layers = sorted({f["layer"] for f in found})
     layers = sorted({layers[round(i * (len(layers) - 1) / 3)] for i in range(4)})
     lengths = sorted({f["length"] for f in found})
-    mosaic = any(f["leak"] is not None for f in found)
+    mosaic = any(f["decay"] is not None for f in found)
     rows = len(layers)
-    cols = len(lengths) + mosaic
+    cols = len(lengths)
+    if mosaic:
+        cols += 1
     figure, axes = analyze.panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
 
     for f in found:
@@ -951,11 +946,11 @@ def draw_attention(run: Run, found: list[dict]) -> None:
         column = lengths.index(f["length"])
         colours = draw_profile(row[column], f, trained=f["length"] == run.cfg.max_seq_len)
         if column == 0:
-            columns = 2 if f["leak"] is None else 4
+            columns = 2 if f["decay"] is None else 4
             row[0].legend(fontsize=7, frameon=False, ncols=columns, loc="upper left")
-        if column == 0 and f["leak"] is not None:
+        if column == 0 and f["decay"] is not None:
             draw_recent(row[-1], f, colours)
-        if mosaic and f["leak"] is None:
+        if mosaic and f["decay"] is None:
             row[-1].set_visible(False)  # a hybrid's layers of attention have no λ
     figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)",
                     fontsize=11)
@@ -966,8 +961,8 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
     """Attention against the position attended to, a curve a head -> the heads' colours."""
     from matplotlib import colormaps
     heads, T = found["profile"].shape
-    leaky = found["leak"] is not None
-    shades = found["leak"] if leaky else torch.arange(heads) / heads
+    has_decay = found["decay"] is not None
+    shades = found["decay"] if has_decay else torch.arange(heads) / heads
     colours = [colormaps["viridis"](0.9 * shade) for shade in shades.tolist()]
 
     # Neighbouring positions are averaged for the eye. What is out of the window gets no point.
@@ -977,7 +972,7 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
     middle = T % width + (torch.arange(shown.size(1)) + 0.5) * width
     for head in range(heads):
         memory = found["memory"][head].item()
-        label = f"λ = {shades[head]:.2f}" if leaky else f"head {head}"
+        label = f"λ = {shades[head]:.2f}" if has_decay else f"head {head}"
         if memory > 0:
             label += f", memory {memory:.0%}"
         ax.plot(middle, shown[head], lw=1.1, color=colours[head], label=label)
@@ -993,10 +988,11 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
 
 
 def draw_recent(ax, found: dict, colours: list) -> None:
-    """What share of a head's attention is recent, against its leaky coefficient (figure 15)."""
+    """What share of a head's attention is recent, against its decay λ, the paper's leaky
+    coefficient (figure 15)."""
     recent = found["profile"][:, -RECENT:].sum(-1)
-    ax.scatter(found["leak"], recent, c=colours, s=45)
-    ax.set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)",
+    ax.scatter(found["decay"], recent, c=colours, s=45)
+    ax.set(xlabel="decay λ of a head", ylabel=f"last {RECENT} tokens (share)",
            xlim=(-0.02, 1.02), ylim=(0, 1))
 
 
@@ -1181,12 +1177,14 @@ def speed_of(run: Run, opts: Options) -> dict:
                 seconds += clock(device) - began
                 context += L
 
-            # The point counts even where decoding then fails.
+            # What was read counts, even where there is no memory left for decoding.
             point = dict(context=context, prefill_tokens_per_second=context / seconds,
                          state_bytes=state_bytes(state))
-            points.append(point)
-            point.update(ms_per_token=median_ms(run, tokens[:, :1], state))
-            point.update(peak_memory_mib(device))
+            try:
+                point["ms_per_token"] = median_ms(run, tokens[:, :1], state)
+                point.update(peak_memory_mib(device))
+            finally:
+                points.append(point)
     except FAILURES as e:
         reason = limit(e)
     return dict(points=points, limit=reason, reached=context)
@@ -1234,15 +1232,6 @@ def speed_rows(label: str, result: dict) -> list[list]:
     return rows
 
 
-def short(number: float, _=None) -> str:
-    """A number at an axis: 2k, 1.5M. (The second argument is matplotlib's position of the tick.)"""
-    if number >= 1e6:
-        return f"{number / 1e6:g}M"
-    if number >= 1e3:
-        return f"{number / 1e3:g}k"
-    return f"{number:g}"
-
-
 def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
     """Four panels against the context: prefill, decoding, state, peak memory."""
     import analyze
@@ -1259,7 +1248,7 @@ def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
     for _, result in measured:
         contexts.update(point["context"] for point in result["points"])
     ticks = sorted(contexts)[::2]
-    names = [f"{t / 1024:g}k" if t >= 1024 else str(t) for t in ticks]
+    names = [f"{context:,}" for context in ticks]
 
     figure, axes = analyze.panels(2, 2, (9.5, 7.2))
     for ax, (name, label) in zip(axes.flat, quantities.items()):
@@ -1267,7 +1256,7 @@ def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
         draw_quantity(ax, name, measured)
         ax.set_xticks(ticks, names)
         ax.xaxis.minorticks_off()
-        ax.yaxis.set_major_formatter(short)
+        ax.yaxis.set_major_formatter(analyze.human)
     limited = any(result["limit"] for _, result in measured)
     title = "x: the model or the machine goes no further" if limited else None
     legend_below(figure, axes[0, 0], title)

@@ -2259,9 +2259,9 @@ def test_eval_attention_files():
         expected = measuring.attention_at(run, x)[1][:, 1:] / 6
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
-        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
+        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["decay"], leak.tolist()))
         trained("hybrid", "--memory=mosaic", "--memory_layers=0")
-        assert [f["leak"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
+        assert [f["decay"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
         assert measured("deltanet", "attention")["layers"] == []
         assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
