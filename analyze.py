@@ -98,6 +98,8 @@ LOOKS = {
     "mosaic": dict(color="#56B4E9", marker="p"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
+# Differences: two of these colours, and white for none.
+SAVED = matplotlib.colors.LinearSegmentedColormap.from_list("saved", ["#D55E00", "white", "#0072B2"])
 # What the names mean, for the reader of a report.
 CONDITIONS = {
     "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
@@ -210,6 +212,60 @@ def picture(figure) -> bytes:
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
     return png.getvalue()
+
+
+class Glyph(NamedTuple):
+    """A character of a passage, and where it stands."""
+    line: int
+    column: int
+    character: str
+    token: int                # the index of the token that it belongs to
+
+
+def lay_out(texts: list[str], columns: int) -> list[Glyph]:
+    """Places the characters of the tokens' texts as a terminal with so many columns does."""
+    glyphs = []
+    line = 0
+    column = 0
+    for token, text in enumerate(texts):
+        for character in text.expandtabs(4):
+            if column == columns:
+                line += 1
+                column = 0
+            glyphs.append(Glyph(line, column, character, token))
+            column += 1
+            if character == "\n":
+                line += 1
+                column = 0
+    return glyphs
+
+
+def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
+    """Passages one below the other, every token coloured by the bits that the carried state saved there.
+
+    A passage is a label and what `eval.py --task=carry` stores: texts and bits of its tokens, and the window in tokens.
+    """
+    layouts = [lay_out(passage["texts"], columns) for _, passage in passages]
+    lines = [glyphs[-1].line + 1 for glyphs in layouts]
+    height = 0.7 + sum(0.4 + 0.16 * n for n in lines)
+    figure, axes = panels(len(passages), 1, (9.5, height), height_ratios=lines)
+
+    # One scale for all leaves out the most extreme 2% of the tokens, and is at least a bit, so that noise stays pale.
+    bits = np.concatenate([np.array(passage["bits"], dtype=float) for _, passage in passages])
+    top = max(1.0, np.nanquantile(np.abs(bits), 0.98))
+    for ax, (label, passage), glyphs, n in zip(axes[:, 0], passages, layouts, lines):
+        colours = np.full((n, columns), np.nan)
+        for glyph in glyphs:
+            colours[glyph.line, glyph.column] = passage["bits"][glyph.token]
+            if not glyph.character.isspace():
+                shown = glyph.character if glyph.character.isprintable() else "\ufffd"
+                ax.text(glyph.column, glyph.line, shown, family="monospace", fontsize=8, ha="center", va="center_baseline")
+        image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
+        ax.axis("off")
+        ax.set_title(f"{label}: {np.mean(passage['bits']):+.3f} bits a token, beyond a window of {passage['window']} tokens",
+                     fontsize=10, loc="left")
+    figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,10 @@ Tasks
     position    the same by position in the row, and by position in the document
     extend      bits per byte on rows of up to 16 times the training length. The spans of such a row
                 hold different text: one span of several runs compares, several spans of one do not.
+    copy        bits per byte of what a look-up could have predicted: the last two tokens stood in the
+                row before, followed by this very target. Split by how far back that was.
+    carry       what the carried state is worth: bits per byte when it is thrown away every 16, 32,
+                ... tokens against never; and a picture of the tokens at which it helps
     niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of
                 validation text
     ood         loss by position on another corpus (Memory Mosaics, figure 10)
@@ -30,6 +34,9 @@ Glossary
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
+    band            the targets whose distance (to what a look-up finds, or to where the state was
+                    thrown away) is in one span. From band to band the spans double, and like
+                    buckets the bands recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
@@ -38,10 +45,12 @@ Reading order
 
 References
     needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack
+    copy: "associative recall hits" of Arora et al. 2023, "Zoology", 2312.04927
     Memory Mosaics: Zhang et al. 2024, 2405.06394; its prompts: Eldan & Li 2023, 2305.07759
 """
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -79,8 +88,8 @@ class Options:
                          choices=("auto", "cpu", "cuda"))
     seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed",
                        low=0, high=2**63 - 1)
-    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood",
-                         low=0)
+    tokens: int = option(0, "validation tokens; 0 = as many as in training",
+                         "bpb, position, ood, copy, carry", low=0)
     bucket: int = option(64, "positions taken together (ood: a quarter of it)",
                          "position, extend, ood", low=4)
     factor: int = option(16, "the longest rows, in training lengths", "extend", low=1)
@@ -362,6 +371,16 @@ def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
     return nats
 
 
+def target_values(size: Tensor, *nats: Tensor) -> Tensor:
+    """For every target (rows,T) its nats, from one reading or several, its `size` in bytes, and a 1:
+    (readings+2,rows,T). A target that some reading has not reached, or that has no bytes (an end of
+    text), does not count: all its values are 0."""
+    values = torch.stack([*nats, size.double(), torch.ones_like(nats[0])])
+    unread = (torch.stack(nats) == UNREAD).any(0)
+    values[:, unread | (size == 0)] = 0
+    return values
+
+
 def bpb_of(sums: Tensor) -> float | None:
     """Bits per byte of all positions in sums (3,...)."""
     nats, size, _ = sums.reshape(3, -1).sum(1).tolist()
@@ -398,13 +417,9 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
     for x, y, doc_pos in corpus.eval_batches(length, run.rows_at_once(length), tokens or None):
         add_tokens(digest, x, y)
         nats = by_halves(partial(row_nats, run, limits), x, y)
-        unread = nats == UNREAD
-        reached = min(reached, int((~unread).all(0).sum()))
+        reached = min(reached, int((nats != UNREAD).all(0).sum()))
 
-        # A target counts if it was read and stands for bytes: an end of text does not.
-        size = corpus.token_bytes[y].double()
-        values = torch.stack([nats, size, torch.ones_like(nats)])                       # (3,rows,length)
-        values[:, unread | (size == 0)] = 0
+        values = target_values(corpus.token_bytes[y], nats)                             # (3,rows,length)
         by_row += values.sum(1)
         document_positions = (doc_pos - 1).clamp(min=0)
         by_document.index_add_(1, document_positions.flatten(), values.flatten(1))
@@ -649,6 +664,213 @@ def task_ood(runs: list[Run], opts: Options) -> None:
     print_by_position(runs, results, "row")
     note_other_tokens(results)
     draw_by_position("ood", runs, results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# copy: what a look-up could have predicted
+
+def validation_rows(run: Run, corpus, tokens: int) -> tuple[Tensor, Tensor, str]:
+    """All rows that `position` measures -> x, y (rows,T), the hash of their tokens"""
+    T = run.cfg.max_seq_len
+    batches = list(corpus.eval_batches(T, run.rows_at_once(T), tokens or None))
+    digest = hashlib.sha256()
+    for x, y, _ in batches:
+        add_tokens(digest, x, y)
+    return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches]), digest.hexdigest()
+
+
+def nats_in_parts(run: Run, limits: list[str], n: int, x: Tensor, y: Tensor) -> Tensor:
+    """Nats of each target y (rows,T) as in row_nats, but after every n tokens the state is thrown
+    away. So each part of n tokens is read as a row of its own."""
+    parts = []
+    for tokens in (x, y):
+        padded = F.pad(tokens, (0, -tokens.size(1) % n))  # what stands at the end changes nothing before it
+        parts.append(padded.reshape(-1, n).split(run.rows_at_once(n)))
+    nats = [by_halves(partial(row_nats, run, limits), *batch) for batch in zip(*parts)]
+    return torch.cat(nats).view(len(x), -1)[:, :x.size(1)]
+
+
+def doubling(first: int, end: int) -> list[int]:
+    """first, 2·first, 4·first, ... as far as they are below end"""
+    values = []
+    while first < end:
+        values.append(first)
+        first *= 2
+    return values
+
+
+def band_names(starts: list[int], end: int) -> list[str]:
+    """Names of the bands that begin at `starts`, the last of which stops before `end`: "0", "1", "2-3", ..."""
+    names = []
+    for start, stop in zip(starts, [*starts[1:], end]):
+        names.append(str(start) if stop == start + 1 else f"{start}-{stop - 1}")
+    return names
+
+
+def by_band(values: Tensor, bands: Tensor, n: int) -> list[list[float]]:
+    """The values (k,rows,T) of the targets, summed by the band 0 to n-1 that each is in (rows,T) ->
+    k sums for each of the n bands"""
+    sums = torch.zeros(len(values), n, dtype=torch.float64)
+    sums.index_add_(1, bands.flatten(), values.flatten(1))
+    return sums.T.tolist()
+
+
+def total(bands: list[dict], name: str) -> float:
+    """The sum over all bands"""
+    return sum(band[name] for band in bands)
+
+
+def print_bands(head: list[str], measured: list[dict], quantity: str) -> None:
+    """A line for each band and one for all of them, and a column for each result. What is measured
+    with another window has other bands."""
+    columns = [{band["band"]: band[quantity] for band in r["bands"]} for r in measured]
+    rows = []
+    for name in dict.fromkeys(itertools.chain(*columns)):
+        rows.append([name, *(column.get(name) for column in columns)])
+    rows.append(["all", *(r[quantity] for r in measured)])
+    print_table(head, rows)
+
+
+def copy_distances(row: list[int]) -> list[int]:
+    """How far back a look-up finds each target row[t+1]: a distance in tokens for every t.
+
+    The last two tokens and the target, row[t-1:t+2], stood in the row before, as row[j-1:j+2]. The
+    distance to the latest such place is t - j. It is 0 if there is none.
+    """
+    latest = {}
+    distances = [0]  # before the first target stands a single token
+    for t, three in enumerate(zip(row, row[1:], row[2:]), start=1):
+        distances.append(t - latest.get(three, t))
+        latest[three] = t
+    return distances
+
+
+def measure_copy(run: Run, corpus, tokens: int) -> dict:
+    """Bits per byte by the distance to what could be copied. The first band lies inside the window
+    of an S layer; the last one holds the targets that could not be copied."""
+    T = run.cfg.max_seq_len
+    W = min(run.cfg.local_window, T)
+    limits = []
+    x, y, sha256 = validation_rows(run, corpus, tokens)
+    nats = nats_in_parts(run, limits, T, x, y)
+
+    # The bands begin at the distances 1, W, 2W, 4W, ...
+    starts = sorted({1, *doubling(W, T)})
+    names = [*band_names(starts, T), "other"]
+    distances = torch.tensor([copy_distances(row) for row in torch.cat([x, y[:, -1:]], 1).tolist()])
+    bands = torch.bucketize(distances, torch.tensor(starts), right=True) - 1
+    bands[distances == 0] = len(starts)
+
+    found = []
+    values = target_values(corpus.token_bytes[y], nats)
+    for name, (nats, size, targets) in zip(names, by_band(values, bands, len(names))):
+        found.append(dict(band=name, nats=nats, bytes=size, targets=targets, bpb=bits_per_byte(nats, size)))
+    bpb = bits_per_byte(total(found, "nats"), total(found, "bytes"))
+    return dict(tokens_sha256=sha256, length=T, window=W, limit=limits[0] if limits else None, bpb=bpb,
+                bands=found)
+
+
+def task_copy(runs: list[Run], opts: Options) -> None:
+    """Bits per byte of what could be copied from inside the window and from farther back, and of
+    all other targets."""
+    results = []
+    for run in runs:
+        result = measure_copy(run, run.corpus(), opts.tokens or run.cfg.eval_tokens)
+        save_result(run, "copy", result)
+        results.append(result)
+        share = 1 - result["bands"][-1]["bytes"] / total(result["bands"], "bytes")
+        print(f"{run.label}: {share:.0%} of the bytes could be copied; its window has {result['window']} tokens",
+              flush=True)
+    print("bits per byte")
+    print_bands(["tokens back", *(run.label for run in runs)], results, "bpb")
+    note_other_tokens(results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# carry: what the carried state is worth
+
+PASSAGE = 256  # tokens in the picture
+
+
+def measure_carry(run: Run, corpus, tokens: int) -> dict:
+    """What it costs to throw the state away every 16, 32, ... tokens, in bits per byte, and the same
+    by how many tokens were read since. The first band holds the beginnings of rows, which no cut
+    precedes."""
+    T = run.cfg.max_seq_len
+    limits = []
+    x, y, sha256 = validation_rows(run, corpus, tokens)
+    size = corpus.token_bytes[y]
+    never = nats_in_parts(run, limits, T, x, y)
+
+    cuts = []
+    position = torch.arange(T).expand(x.shape)
+    for n in doubling(16, T):
+        # The bands of n tokens after a cut begin at 0, 1, 2, 4, ...
+        starts = [0, *doubling(1, n)]
+        names = ["no cut yet", *band_names(starts, n)]
+        bands = torch.bucketize(position % n, torch.tensor(starts), right=True)
+        bands[position < n] = 0
+
+        found = []
+        values = target_values(size, nats_in_parts(run, limits, n, x, y), never)
+        for name, (nats, nats_never, n_bytes, targets) in zip(names, by_band(values, bands, len(names))):
+            found.append(dict(band=name, nats=nats, nats_never=nats_never, bytes=n_bytes, targets=targets,
+                              worth=bits_per_byte(nats - nats_never, n_bytes)))
+        n_bytes = total(found, "bytes")
+        bpb = bits_per_byte(total(found, "nats"), n_bytes)
+        bpb_never = bits_per_byte(total(found, "nats_never"), n_bytes)
+        worth = bits_per_byte(total(found, "nats") - total(found, "nats_never"), n_bytes)
+        cuts.append(dict(every=n, bpb=bpb, bpb_never=bpb_never, worth=worth, bands=found))
+        print(f"{run.label}: thrown away every {n} tokens: {bpb:.4f} bits per byte, never: {bpb_never:.4f}", flush=True)
+    return dict(tokens_sha256=sha256, length=T, limit=limits[0] if limits else None, cuts=cuts)
+
+
+def carried_bits(run: Run, corpus) -> dict | None:
+    """The bits that the state from before the window saves at each token of a passage: the loss
+    after reading the last W tokens alone, minus the loss after reading the row from its start. None
+    if the window is as long as a row."""
+    T = run.cfg.max_seq_len
+    W = run.cfg.local_window
+    n = min(PASSAGE, T - W)
+    if n <= 0:
+        return None
+
+    # The passage ends a row that holds few ends of text, so that its past belongs to it.
+    x, y, _ = next(corpus.eval_batches(T, 16, 16 * T))
+    row = (x == corpus.eos).sum(1).argmin()
+    x = x[row, None]
+    y = y[row, None]
+    full = nats_in_parts(run, [], T, x, y)[0, -n:]
+
+    # Of each window of W tokens only the last target counts.
+    x_windows = x[0].unfold(0, W, 1)[-n:]                                               # (n,W)
+    y_windows = y[0].unfold(0, W, 1)[-n:]
+    cut = nats_in_parts(run, [], W, x_windows, y_windows)[:, -1]
+
+    tokens = y[0, -n:].tolist()
+    texts = [corpus.encoding.decode_single_token_bytes(t).decode(errors="replace") for t in tokens]
+    return dict(window=W, tokens=tokens, texts=texts, bits=(cut - full) / math.log(2))
+
+
+def task_carry(runs: list[Run], opts: Options) -> None:
+    """The same rows read with and without a carried state, and where in a text it helps."""
+    results = []
+    for run in runs:
+        corpus = run.corpus()
+        result = measure_carry(run, corpus, opts.tokens or run.cfg.eval_tokens)
+        result["passage"] = carried_bits(run, corpus)
+        save_result(run, "carry", result)
+        results.append(result)
+        cuts = result["cuts"]
+        print("bits per byte that the state is worth, by the tokens read since it was thrown away")
+        print_bands(["tokens since", *(f"every {cut['every']}" for cut in cuts)], cuts, "worth")
+    note_other_tokens(results)
+
+    # the passages of all runs, one below the other
+    shown = [(run.label, plain(r["passage"])) for run, r in zip(runs, results) if r["passage"]]
+    if shown:
+        import analyze
+        save_picture(runs[0], "carry", analyze.figure_passages(shown))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1289,6 +1511,8 @@ TASKS = {
     "extend": task_extend,
     "niah": task_niah,
     "ood": task_ood,
+    "copy": task_copy,
+    "carry": task_carry,
     "attention": task_attention,
     "generate": task_generate,
     "speed": task_speed,
