@@ -214,16 +214,9 @@ def picture(figure) -> bytes:
     return png.getvalue()
 
 
-class Glyph(NamedTuple):
-    """A character of a passage, and where it stands."""
-    line: int
-    column: int
-    character: str
-    token: int                # the index of the token that it belongs to
-
-
-def lay_out(texts: list[str], columns: int) -> list[Glyph]:
-    """Places the characters of the tokens' texts as a terminal with so many columns does."""
+def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
+    """Sets the texts of tokens as a terminal with so many columns does -> line, column, character and index of the token,
+    for each character."""
     glyphs = []
     line = 0
     column = 0
@@ -232,7 +225,7 @@ def lay_out(texts: list[str], columns: int) -> list[Glyph]:
             if column == columns:
                 line += 1
                 column = 0
-            glyphs.append(Glyph(line, column, character, token))
+            glyphs.append((line, column, character, token))
             column += 1
             if character == "\n":
                 line += 1
@@ -241,29 +234,29 @@ def lay_out(texts: list[str], columns: int) -> list[Glyph]:
 
 
 def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
-    """Passages one below the other, every token coloured by the bits that the carried state saved there.
+    """Passages one below the other, each token coloured by the bits that the carried state saved there.
 
-    A passage is a label and what `eval.py --task=carry` stores: texts and bits of its tokens, and the window in tokens.
+    A passage is a run's label and what `eval.py --task=carry` stores: texts and bits of the tokens, the window in tokens.
     """
     layouts = [lay_out(passage["texts"], columns) for _, passage in passages]
-    lines = [glyphs[-1].line + 1 for glyphs in layouts]
+    lines = [glyphs[-1][0] + 1 for glyphs in layouts]
     height = 0.7 + sum(0.4 + 0.16 * n for n in lines)
     figure, axes = panels(len(passages), 1, (9.5, height), height_ratios=lines)
 
-    # One scale for all leaves out the most extreme 2% of the tokens, and is at least a bit, so that noise stays pale.
+    # one scale for all leaves out the most extreme 2% of the tokens, and is at least a bit, so that noise stays pale
     bits = np.concatenate([np.array(passage["bits"], dtype=float) for _, passage in passages])
     top = max(1.0, np.nanquantile(np.abs(bits), 0.98))
     for ax, (label, passage), glyphs, n in zip(axes[:, 0], passages, layouts, lines):
         colours = np.full((n, columns), np.nan)
-        for glyph in glyphs:
-            colours[glyph.line, glyph.column] = passage["bits"][glyph.token]
-            if not glyph.character.isspace():
-                shown = glyph.character if glyph.character.isprintable() else "\ufffd"
-                ax.text(glyph.column, glyph.line, shown, family="monospace", fontsize=8, ha="center", va="center_baseline")
+        for line, column, character, token in glyphs:
+            colours[line, column] = passage["bits"][token]
+            shown = character if character.isprintable() or character == "\n" else "\ufffd"
+            if not shown.isspace():
+                ax.text(column, line, shown, family="monospace", fontsize=8, ha="center", va="center_baseline")
         image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
         ax.axis("off")
-        ax.set_title(f"{label}: {np.mean(passage['bits']):+.3f} bits a token, beyond a window of {passage['window']} tokens",
-                     fontsize=10, loc="left")
+        mean = np.mean(passage["bits"])
+        ax.set_title(f"{label}: {mean:+.3f} bits a token, window {passage['window']} tokens", fontsize=10, loc="left")
     figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
     return figure
 

@@ -371,16 +371,6 @@ def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
     return nats
 
 
-def target_values(size: Tensor, *nats: Tensor) -> Tensor:
-    """For every target (rows,T) its nats, from one reading or several, its `size` in bytes, and a 1:
-    (readings+2,rows,T). A target that some reading has not reached, or that has no bytes (an end of
-    text), does not count: all its values are 0."""
-    values = torch.stack([*nats, size.double(), torch.ones_like(nats[0])])
-    unread = (torch.stack(nats) == UNREAD).any(0)
-    values[:, unread | (size == 0)] = 0
-    return values
-
-
 def bpb_of(sums: Tensor) -> float | None:
     """Bits per byte of all positions in sums (3,...)."""
     nats, size, _ = sums.reshape(3, -1).sum(1).tolist()
@@ -417,9 +407,13 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
     for x, y, doc_pos in corpus.eval_batches(length, run.rows_at_once(length), tokens or None):
         add_tokens(digest, x, y)
         nats = by_halves(partial(row_nats, run, limits), x, y)
-        reached = min(reached, int((nats != UNREAD).all(0).sum()))
+        unread = nats == UNREAD
+        reached = min(reached, int((~unread).all(0).sum()))
 
-        values = target_values(corpus.token_bytes[y], nats)                             # (3,rows,length)
+        # A target counts if it was read and stands for bytes: an end of text does not.
+        size = corpus.token_bytes[y].double()
+        values = torch.stack([nats, size, torch.ones_like(nats)])                       # (3,rows,length)
+        values[:, unread | (size == 0)] = 0
         by_row += values.sum(1)
         document_positions = (doc_pos - 1).clamp(min=0)
         by_document.index_add_(1, document_positions.flatten(), values.flatten(1))
@@ -510,20 +504,22 @@ def legend_below(figure, ax, title: str | None = None) -> None:
 CURVES = {"row": "bpb_by_position", "document": "bpb_by_document_position"}
 
 
+def print_columns(head: list[str], columns: list[dict], totals: list) -> None:
+    """A table of columns, each from a line's name to its number, and their totals. Where a column
+    lacks a line (a run with shorter rows has no later positions), no number is shown."""
+    names = dict.fromkeys(itertools.chain(*columns))
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    print_table(head, [*rows, ["all", *totals]])
+
+
 def print_by_position(runs: list[Run], results: list[dict], where: str) -> None:
     """Bits per byte of every bucket, a column a run. where: "row" or "document"."""
-    # position -> bits per byte, of each run
-    curves = []
+    columns = []
     for r in results:
         curve = r[CURVES[where]]
-        curves.append(dict(zip(curve["positions"], curve["bpb"])))
-
-    # A run with shorter rows has no number at later positions.
-    rows = []
-    for position in sorted(set().union(*curves)):
-        rows.append([position, *(curve.get(position) for curve in curves)])
-    rows.append(["all", *(r["val_bpb"] for r in results)])
-    print_table([f"position in the {where}", *(run.label for run in runs)], rows)
+        columns.append(dict(zip(curve["positions"], curve["bpb"])))
+    head = [f"position in the {where}", *(run.label for run in runs)]
+    print_columns(head, columns, [r["val_bpb"] for r in results])
 
 
 def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list]:
@@ -603,12 +599,18 @@ def task_position(runs: list[Run], opts: Options) -> None:
     draw_by_position("position", runs, results)
 
 
+def doubling(first: int, end: int) -> list[int]:
+    """first, 2·first, 4·first, ... as far as they are below end"""
+    values = []
+    while first < end:
+        values.append(first)
+        first *= 2
+    return values
+
+
 def span_ends(L: int, factor: int) -> list[int]:
     """Where the spans of a row of factor training lengths end: L, 2L, 4L, ... and factor·L."""
-    ends = [L * 2**i for i in range(factor.bit_length())]
-    if ends[-1] < factor * L:
-        ends.append(factor * L)
-    return ends
+    return [*doubling(L, factor * L), factor * L]
 
 
 def task_extend(runs: list[Run], opts: Options) -> None:
@@ -672,63 +674,55 @@ def task_ood(runs: list[Run], opts: Options) -> None:
 def validation_rows(run: Run, corpus, tokens: int) -> tuple[Tensor, Tensor, str]:
     """All rows that `position` measures -> x, y (rows,T), the hash of their tokens"""
     T = run.cfg.max_seq_len
-    batches = list(corpus.eval_batches(T, run.rows_at_once(T), tokens or None))
+    batches = corpus.eval_batches(T, run.rows_at_once(T), tokens or None)
+    x, y, _ = map(torch.cat, zip(*batches))                                             # (rows,T)
     digest = hashlib.sha256()
-    for x, y, _ in batches:
-        add_tokens(digest, x, y)
-    return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches]), digest.hexdigest()
+    add_tokens(digest, x, y)
+    return x, y, digest.hexdigest()
 
 
-def nats_in_parts(run: Run, limits: list[str], n: int, x: Tensor, y: Tensor) -> Tensor:
-    """Nats of each target y (rows,T) as in row_nats, but after every n tokens the state is thrown
-    away. So each part of n tokens is read as a row of its own."""
+def nats_in_parts(run: Run, n: int, x: Tensor, y: Tensor) -> Tensor:
+    """Nats of each target y (rows,T) if the state is thrown away after every n tokens: each part of
+    n tokens is read as a row of its own. Raises UserError where a part cannot be read."""
     parts = []
     for tokens in (x, y):
         padded = F.pad(tokens, (0, -tokens.size(1) % n))  # what stands at the end changes nothing before it
         parts.append(padded.reshape(-1, n).split(run.rows_at_once(n)))
+
+    limits = []
     nats = [by_halves(partial(row_nats, run, limits), *batch) for batch in zip(*parts)]
+    if limits:
+        raise UserError(f"{run.label}: a row of {n} tokens cannot be read ({limits[0]}); leave out this task")
     return torch.cat(nats).view(len(x), -1)[:, :x.size(1)]
 
 
-def doubling(first: int, end: int) -> list[int]:
-    """first, 2·first, 4·first, ... as far as they are below end"""
-    values = []
-    while first < end:
-        values.append(first)
-        first *= 2
-    return values
-
-
 def band_names(starts: list[int], end: int) -> list[str]:
-    """Names of the bands that begin at `starts`, the last of which stops before `end`: "0", "1", "2-3", ..."""
+    """Names of the bands that begin at `starts`, the last of which stops before `end`: "0", "1",
+    "2-3", ..."""
     names = []
     for start, stop in zip(starts, [*starts[1:], end]):
         names.append(str(start) if stop == start + 1 else f"{start}-{stop - 1}")
     return names
 
 
-def by_band(values: Tensor, bands: Tensor, n: int) -> list[list[float]]:
-    """The values (k,rows,T) of the targets, summed by the band 0 to n-1 that each is in (rows,T) ->
-    k sums for each of the n bands"""
-    sums = torch.zeros(len(values), n, dtype=torch.float64)
-    sums.index_add_(1, bands.flatten(), values.flatten(1))
-    return sums.T.tolist()
+def by_band(names: list[str], bands: Tensor, nats: Tensor, size: Tensor) -> dict:
+    """Bits per byte in all and by band, from the nats, bytes and band of every target (rows,T); a
+    band is an index of names."""
+    scored = size > 0  # an end of text has no bytes and does not count
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
+    sums.index_add_(1, bands[scored], torch.stack([nats, size.double(), torch.ones_like(nats)])[:, scored])
+
+    found = []
+    for name, (n, b, targets) in zip(names, sums.T.tolist()):
+        found.append(dict(band=name, nats=n, bytes=b, targets=targets, bpb=bits_per_byte(n, b)))
+    total = bits_per_byte(sum(band["nats"] for band in found), sum(band["bytes"] for band in found))
+    return dict(bpb=total, bands=found)
 
 
-def total(bands: list[dict], name: str) -> float:
-    """The sum over all bands"""
-    return sum(band[name] for band in bands)
-
-
-def print_bands(head: list[str], measured: list[dict], quantity: str) -> None:
-    """A line for each band and one for all of them, and a column for each result. What is measured
-    with another window has other bands."""
-    columns = [{band["band"]: band[quantity] for band in r["bands"]} for r in measured]
-    rows = []
-    for name in dict.fromkeys(itertools.chain(*columns)):
-        rows.append([name, *(column.get(name) for column in columns)])
-    rows.append(["all", *(r[quantity] for r in measured)])
-    print_table(head, rows)
+def print_bands(head: list[str], results: list[dict]) -> None:
+    """The bits per byte that by_band gave, a column a result"""
+    columns = [{band["band"]: band["bpb"] for band in r["bands"]} for r in results]
+    print_columns(head, columns, [r["bpb"] for r in results])
 
 
 def copy_distances(row: list[int]) -> list[int]:
@@ -747,27 +741,20 @@ def copy_distances(row: list[int]) -> list[int]:
 
 def measure_copy(run: Run, corpus, tokens: int) -> dict:
     """Bits per byte by the distance to what could be copied. The first band lies inside the window
-    of an S layer; the last one holds the targets that could not be copied."""
+    W of an S layer; the last one, "other", holds the targets that could not be copied."""
     T = run.cfg.max_seq_len
     W = min(run.cfg.local_window, T)
-    limits = []
     x, y, sha256 = validation_rows(run, corpus, tokens)
-    nats = nats_in_parts(run, limits, T, x, y)
 
     # The bands begin at the distances 1, W, 2W, 4W, ...
     starts = sorted({1, *doubling(W, T)})
-    names = [*band_names(starts, T), "other"]
-    distances = torch.tensor([copy_distances(row) for row in torch.cat([x, y[:, -1:]], 1).tolist()])
-    bands = torch.bucketize(distances, torch.tensor(starts), right=True) - 1
-    bands[distances == 0] = len(starts)
+    distances = [copy_distances(row) for row in torch.cat([x, y[:, -1:]], 1).tolist()]
+    bands = torch.bucketize(torch.tensor(distances), torch.tensor(starts), right=True) - 1
+    bands[bands == -1] = len(starts)  # the distance is 0
 
-    found = []
-    values = target_values(corpus.token_bytes[y], nats)
-    for name, (nats, size, targets) in zip(names, by_band(values, bands, len(names))):
-        found.append(dict(band=name, nats=nats, bytes=size, targets=targets, bpb=bits_per_byte(nats, size)))
-    bpb = bits_per_byte(total(found, "nats"), total(found, "bytes"))
-    return dict(tokens_sha256=sha256, length=T, window=W, limit=limits[0] if limits else None, bpb=bpb,
-                bands=found)
+    names = [*band_names(starts, T), "other"]
+    measured = by_band(names, bands, nats_in_parts(run, T, x, y), corpus.token_bytes[y])
+    return dict(tokens_sha256=sha256, length=T, window=W) | measured
 
 
 def task_copy(runs: list[Run], opts: Options) -> None:
@@ -778,11 +765,11 @@ def task_copy(runs: list[Run], opts: Options) -> None:
         result = measure_copy(run, run.corpus(), opts.tokens or run.cfg.eval_tokens)
         save_result(run, "copy", result)
         results.append(result)
-        share = 1 - result["bands"][-1]["bytes"] / total(result["bands"], "bytes")
-        print(f"{run.label}: {share:.0%} of the bytes could be copied; its window has {result['window']} tokens",
-              flush=True)
+        sizes = [band["bytes"] for band in result["bands"]]
+        print(f"{run.label}: {sum(sizes[:-1]) / sum(sizes):.0%} of the bytes could be copied, {sizes[0] / sum(sizes):.0%} "
+              f"from inside its window of {result['window']} tokens", flush=True)
     print("bits per byte")
-    print_bands(["tokens back", *(run.label for run in runs)], results, "bpb")
+    print_bands(["tokens back", *(run.label for run in runs)], results)
     note_other_tokens(results)
 
 
@@ -793,36 +780,28 @@ PASSAGE = 256  # tokens in the picture
 
 
 def measure_carry(run: Run, corpus, tokens: int) -> dict:
-    """What it costs to throw the state away every 16, 32, ... tokens, in bits per byte, and the same
-    by how many tokens were read since. The first band holds the beginnings of rows, which no cut
-    precedes."""
+    """What it costs to throw the state away every 16, 32, ... tokens. The nats and bits per byte of
+    such a cut are differences: with it minus without. Its bands tell how many tokens were read since
+    the cut; the first band holds the beginnings of rows, before any cut."""
     T = run.cfg.max_seq_len
-    limits = []
     x, y, sha256 = validation_rows(run, corpus, tokens)
     size = corpus.token_bytes[y]
-    never = nats_in_parts(run, limits, T, x, y)
+    never = nats_in_parts(run, T, x, y)
+    result = dict(tokens_sha256=sha256, length=T, cuts=[])
+    result.update(by_band(["never"], torch.zeros_like(y), never, size))
 
-    cuts = []
     position = torch.arange(T).expand(x.shape)
     for n in doubling(16, T):
-        # The bands of n tokens after a cut begin at 0, 1, 2, 4, ...
+        # The bands begin at 0, 1, 2, 4, ... tokens after a cut.
         starts = [0, *doubling(1, n)]
-        names = ["no cut yet", *band_names(starts, n)]
         bands = torch.bucketize(position % n, torch.tensor(starts), right=True)
         bands[position < n] = 0
 
-        found = []
-        values = target_values(size, nats_in_parts(run, limits, n, x, y), never)
-        for name, (nats, nats_never, n_bytes, targets) in zip(names, by_band(values, bands, len(names))):
-            found.append(dict(band=name, nats=nats, nats_never=nats_never, bytes=n_bytes, targets=targets,
-                              worth=bits_per_byte(nats - nats_never, n_bytes)))
-        n_bytes = total(found, "bytes")
-        bpb = bits_per_byte(total(found, "nats"), n_bytes)
-        bpb_never = bits_per_byte(total(found, "nats_never"), n_bytes)
-        worth = bits_per_byte(total(found, "nats") - total(found, "nats_never"), n_bytes)
-        cuts.append(dict(every=n, bpb=bpb, bpb_never=bpb_never, worth=worth, bands=found))
-        print(f"{run.label}: thrown away every {n} tokens: {bpb:.4f} bits per byte, never: {bpb_never:.4f}", flush=True)
-    return dict(tokens_sha256=sha256, length=T, limit=limits[0] if limits else None, cuts=cuts)
+        names = ["no cut yet", *band_names(starts, n)]
+        cut = by_band(names, bands, nats_in_parts(run, n, x, y) - never, size)
+        result["cuts"].append(dict(every=n) | cut)
+        print(f"{run.label}: thrown away every {n} tokens, its state costs {cut['bpb']:+.4f} bits per byte", flush=True)
+    return result
 
 
 def carried_bits(run: Run, corpus) -> dict | None:
@@ -835,42 +814,41 @@ def carried_bits(run: Run, corpus) -> dict | None:
     if n <= 0:
         return None
 
-    # The passage ends a row that holds few ends of text, so that its past belongs to it.
+    # The passage ends the row with the fewest ends of text, so that its past belongs to it.
     x, y, _ = next(corpus.eval_batches(T, 16, 16 * T))
     row = (x == corpus.eos).sum(1).argmin()
-    x = x[row, None]
-    y = y[row, None]
-    full = nats_in_parts(run, [], T, x, y)[0, -n:]
+    x = x[row]
+    y = y[row]
+    full = nats_in_parts(run, T, x[None], y[None])[0, -n:]
 
-    # Of each window of W tokens only the last target counts.
-    x_windows = x[0].unfold(0, W, 1)[-n:]                                               # (n,W)
-    y_windows = y[0].unfold(0, W, 1)[-n:]
-    cut = nats_in_parts(run, [], W, x_windows, y_windows)[:, -1]
+    # A row for each target: the W tokens before it. Only its last loss counts.
+    cut = nats_in_parts(run, W, x.unfold(0, W, 1)[-n:], y.unfold(0, W, 1)[-n:])[:, -1]
 
-    tokens = y[0, -n:].tolist()
-    texts = [corpus.encoding.decode_single_token_bytes(t).decode(errors="replace") for t in tokens]
+    tokens = y[-n:].tolist()
+    texts = [corpus.encoding.decode_single_token_bytes(token).decode(errors="replace") for token in tokens]
     return dict(window=W, tokens=tokens, texts=texts, bits=(cut - full) / math.log(2))
 
 
 def task_carry(runs: list[Run], opts: Options) -> None:
-    """The same rows read with and without a carried state, and where in a text it helps."""
+    """The rows of `position` with a state that is thrown away, and where in a text that costs."""
+    import analyze
     results = []
+    passages = []
     for run in runs:
         corpus = run.corpus()
         result = measure_carry(run, corpus, opts.tokens or run.cfg.eval_tokens)
         result["passage"] = carried_bits(run, corpus)
         save_result(run, "carry", result)
         results.append(result)
-        cuts = result["cuts"]
-        print("bits per byte that the state is worth, by the tokens read since it was thrown away")
-        print_bands(["tokens since", *(f"every {cut['every']}" for cut in cuts)], cuts, "worth")
-    note_other_tokens(results)
+        if result["passage"]:
+            passages.append((run.label, plain(result["passage"])))
 
-    # the passages of all runs, one below the other
-    shown = [(run.label, plain(r["passage"])) for run, r in zip(runs, results) if r["passage"]]
-    if shown:
-        import analyze
-        save_picture(runs[0], "carry", analyze.figure_passages(shown))
+        # the longest parts come first, because they have all bands
+        cuts = result["cuts"][::-1]
+        print_bands(["tokens since the cut", *(f"every {cut['every']}" for cut in cuts)], cuts)
+    note_other_tokens(results)
+    if passages:
+        save_picture(runs[0], "carry", analyze.figure_passages(passages))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2217,7 +2217,7 @@ def test_eval_carry_of_a_window_is_nothing_beyond_it():
         assert [c["every"] for c in r["cuts"]] == [16, 32]
         for cut in r["cuts"]:
             assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15", "16-31"][:6 + (cut["every"] > 16)]
-            worth = [b["worth"] for b in cut["bands"]]
+            worth = [b["bpb"] for b in cut["bands"]]
             assert max(map(abs, [worth[0], *worth[5:]])) < 1e-7 and min(map(abs, worth[1:4])) > 1e-3, worth
         passage = measuring.carried_bits(run, data.load("text.txt", "byte", quiet=True))
         assert len(passage["bits"]) == 60 and passage["bits"].abs().max() > 1e-3
@@ -2225,9 +2225,9 @@ def test_eval_carry_of_a_window_is_nothing_beyond_it():
 
 def test_eval_carry_of_segments_without_memory_is_nothing():
     with inside():
-        trained("segments", "--memory=rmt", "--rmt_tokens=0", "--rmt_segment=4")
-        (cut,) = measured("segments", "carry")["cuts"]
-        assert cut["every"] == 16 and cut["worth"] == 0 and all(b["worth"] == 0 for b in cut["bands"])
+        trained("short_segments", "--memory=rmt", "--rmt_tokens=0", "--rmt_segment=4")
+        (cut,) = measured("short_segments", "carry")["cuts"]
+        assert cut["every"] == 16 and all(abs(b["bpb"]) < 1e-7 for b in cut["bands"])
 
 
 def test_eval_carry_by_hand():
@@ -2240,15 +2240,15 @@ def test_eval_carry_by_hand():
             halves = [nats_at_once(run.model, x[:, i:i + 16], y[:, i:i + 16]) for i in (0, 16)]
             late, scored = halves[1][y[:, 16:] < 256], (y < 256).sum().item()
             bits = (late.sum() - full[:, 16:][y[:, 16:] < 256].sum()).item() / math.log(2)
-            assert abs(cut["worth"] - bits / scored) < 1e-6 and (abs(bits) > 1e-3 or memory == "rmt"), (memory, bits)
+            assert abs(cut["bpb"] - bits / scored) < 1e-6 and (abs(bits) > 1e-3 or memory == "rmt"), (memory, bits)
             assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15"]
             for key, total in (("bytes", scored), ("targets", scored), ("nats", cut["bpb"] * scored * math.log(2))):
-                assert math.isclose(sum(b[key] for b in cut["bands"]), total), key
-            assert math.isclose(sum(b["worth"] * b["bytes"] for b in cut["bands"]), cut["worth"] * scored, abs_tol=1e-9)
-            assert cut["bands"][3]["targets"] == (y[:, 18:20] < 256).sum() and cut["bands"][0]["worth"] == 0
-            assert abs(cut["bpb_never"] - whole["val_bpb"]) < 1e-6 and math.isclose(cut["worth"], cut["bpb"] - cut["bpb_never"])
+                assert math.isclose(sum(b[key] for b in cut["bands"]), total, abs_tol=1e-9), key
+            assert math.isclose(sum(b["bpb"] * b["bytes"] for b in cut["bands"]), cut["bpb"] * scored, abs_tol=1e-9)
+            assert cut["bands"][3]["targets"] == (y[:, 18:20] < 256).sum() and abs(cut["bands"][0]["bpb"]) < 1e-6
+            assert abs(r["bpb"] - whole["val_bpb"]) < 1e-6 and r["tokens_sha256"] == whole["tokens_sha256"]
             thirds = torch.cat([nats_at_once(run.model, a, b) for a, b in zip(x.split(12, 1), y.split(12, 1))], 1)
-            assert (measuring.nats_in_parts(run, [], 12, x, y) - thirds).abs().max() < 1e-4
+            assert (measuring.nats_in_parts(run, 12, x, y) - thirds).abs().max() < 1e-4
 
             passage, row = r["passage"], (x[:16] == 256).sum(1).argmin()
             assert passage["tokens"] == y[row, 8:].tolist() and passage["window"] == 8
@@ -2261,7 +2261,7 @@ def test_eval_carry_passage_is_set_as_text():
     """Characters stand where a terminal sets them: lines break at their ends and at the last column; half a character is
     a replacement mark."""
     glyphs = analyze.lay_out(["ab\n", " c", "defg", "\n", "\n", "\t", "h"], 5)
-    assert [(g.line, g.column, g.character, g.token) for g in glyphs] == [
+    assert glyphs == [
         (0, 0, "a", 0), (0, 1, "b", 0), (0, 2, "\n", 0), (1, 0, " ", 1), (1, 1, "c", 1), (1, 2, "d", 2), (1, 3, "e", 2), (1, 4, "f", 2),
         (2, 0, "g", 2), (2, 1, "\n", 3), (3, 0, "\n", 4), (4, 0, " ", 5), (4, 1, " ", 5), (4, 2, " ", 5), (4, 3, " ", 5), (4, 4, "h", 6)]
     with inside():
