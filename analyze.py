@@ -252,7 +252,7 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
             colours[line, column] = passage["bits"][token]
             shown = character if character.isprintable() or character == "\n" else "\ufffd"
             if not shown.isspace():
-                ax.text(column, line, shown, family="monospace", fontsize=8, ha="center", va="center_baseline")
+                ax.text(column, line, shown, family="monospace", fontsize=9, ha="center", va="center_baseline")
         image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
         ax.axis("off")
         mean = np.mean(passage["bits"])

@@ -2150,7 +2150,7 @@ def windowed_copier(W):
             for t in range(1, len(row)):
                 for j in range(max(1, t - W + 1), t):
                     if row[j - 1:j + 1] == row[t - 1:t + 1]:
-                        out[t, row[j + 1]] = 20.0
+                        out[t, row[j + 1]] = 3.0  # so that what it doesn't know costs little more than 8 bits
         return logits, None
     return stream
 
@@ -2195,8 +2195,8 @@ def test_eval_copy_tells_how_far_a_model_copies():
             assert [b["band"] for b in r["bands"]] == ["1-15", "16-31", "32-63", "64-127", "128-255", "other"]
             assert min(b["targets"] for b in r["bands"]) > 30
             bits[W] = [b["bpb"] for b in r["bands"]]
-    assert bits[16][0] < 1 and min(bits[16][1:]) > 7, bits
-    assert max(bits[256][:-1]) < 5 and bits[256][-1] > 15, bits
+    assert bits[16][0] < 5 and min(bits[16][1:]) > 8, bits
+    assert max(bits[256][:-1]) < 7 and bits[256][-1] > 8, bits
 
 
 def windowed(n_layer, W):
