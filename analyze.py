@@ -222,12 +222,9 @@ def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
     column = 0
     for token, text in enumerate(texts):
         for character in text.expandtabs(4):
-            if column == columns:
-                line += 1
-                column = 0
             glyphs.append((line, column, character, token))
             column += 1
-            if character == "\n":
+            if character == "\n" or column == columns:
                 line += 1
                 column = 0
     return glyphs
@@ -244,19 +241,19 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
     figure, axes = panels(len(passages), 1, (9.5, height), height_ratios=lines)
 
     # one scale for all leaves out the most extreme 2% of the tokens, and is at least a bit, so that noise stays pale
-    bits = np.concatenate([np.array(passage["bits"], dtype=float) for _, passage in passages])
-    top = max(1.0, np.nanquantile(np.abs(bits), 0.98))
-    for ax, (label, passage), glyphs, n in zip(axes[:, 0], passages, layouts, lines):
+    savings = [np.array(passage["bits"], dtype=float) for _, passage in passages]
+    top = max(1.0, np.nanquantile(np.abs(np.concatenate(savings)), 0.98))
+    for ax, (label, passage), bits, glyphs, n in zip(axes[:, 0], passages, savings, layouts, lines):
         colours = np.full((n, columns), np.nan)
         for line, column, character, token in glyphs:
-            colours[line, column] = passage["bits"][token]
+            colours[line, column] = bits[token]
             shown = character if character.isprintable() or character == "\n" else "\ufffd"
             if not shown.isspace():
                 ax.text(column, line, shown, family="monospace", fontsize=9, ha="center", va="center_baseline")
         image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
         ax.axis("off")
-        mean = np.mean(passage["bits"])
-        ax.set_title(f"{label}: {mean:+.3f} bits a token, window {passage['window']} tokens", fontsize=10, loc="left")
+        title = f"{label}: {bits.mean():+.3f} bits a token, beyond its window of {passage['window']} tokens"
+        ax.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
     return figure
 

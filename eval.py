@@ -601,11 +601,8 @@ def task_position(runs: list[Run], opts: Options) -> None:
 
 def doubling(first: int, end: int) -> list[int]:
     """first, 2·first, 4·first, ... as far as they are below end"""
-    values = []
-    while first < end:
-        values.append(first)
-        first *= 2
-    return values
+    doublings = math.ceil(math.log2(end / first)) if first < end else 0
+    return [first * 2**i for i in range(doublings)]
 
 
 def span_ends(L: int, factor: int) -> list[int]:
@@ -669,7 +666,7 @@ def task_ood(runs: list[Run], opts: Options) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# copy: what a look-up could have predicted
+# copy, carry: what a look-up could have predicted, and what the carried state is worth
 
 def validation_rows(run: Run, corpus, tokens: int) -> tuple[Tensor, Tensor, str]:
     """All rows that `position` measures -> x, y (rows,T), the hash of their tokens"""
@@ -741,7 +738,8 @@ def copy_distances(row: list[int]) -> list[int]:
 
 def measure_copy(run: Run, corpus, tokens: int) -> dict:
     """Bits per byte by the distance to what could be copied. The first band lies inside the window
-    W of an S layer; the last one, "other", holds the targets that could not be copied."""
+    W of an S layer; the last one, "other", holds the targets that could not be copied. Bands hold
+    different text: one band of several runs compares, several bands of one do not."""
     T = run.cfg.max_seq_len
     W = min(run.cfg.local_window, T)
     x, y, sha256 = validation_rows(run, corpus, tokens)
@@ -765,16 +763,13 @@ def task_copy(runs: list[Run], opts: Options) -> None:
         result = measure_copy(run, run.corpus(), opts.tokens or run.cfg.eval_tokens)
         save_result(run, "copy", result)
         results.append(result)
-        sizes = [band["bytes"] for band in result["bands"]]
-        print(f"{run.label}: {sum(sizes[:-1]) / sum(sizes):.0%} of the bytes could be copied, {sizes[0] / sum(sizes):.0%} "
-              f"from inside its window of {result['window']} tokens", flush=True)
+        copied = [band["bytes"] for band in result["bands"][:-1]]
+        other = result["bands"][-1]["bytes"]
+        print(f"{run.label}: {sum(copied) / (sum(copied) + other):.0%} of the bytes could be copied", flush=True)
     print("bits per byte")
     print_bands(["tokens back", *(run.label for run in runs)], results)
     note_other_tokens(results)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# carry: what the carried state is worth
 
 PASSAGE = 256  # tokens in the picture
 
@@ -786,10 +781,8 @@ def measure_carry(run: Run, corpus, tokens: int) -> dict:
     T = run.cfg.max_seq_len
     x, y, sha256 = validation_rows(run, corpus, tokens)
     size = corpus.token_bytes[y]
-    never = nats_in_parts(run, T, x, y)
-    result = dict(tokens_sha256=sha256, length=T, cuts=[])
-    result.update(by_band(["never"], torch.zeros_like(y), never, size))
-
+    uncut = nats_in_parts(run, T, x, y)
+    cuts = []
     position = torch.arange(T).expand(x.shape)
     for n in doubling(16, T):
         # The bands begin at 0, 1, 2, 4, ... tokens after a cut.
@@ -798,10 +791,12 @@ def measure_carry(run: Run, corpus, tokens: int) -> dict:
         bands[position < n] = 0
 
         names = ["no cut yet", *band_names(starts, n)]
-        cut = by_band(names, bands, nats_in_parts(run, n, x, y) - never, size)
-        result["cuts"].append(dict(every=n) | cut)
+        cut = by_band(names, bands, nats_in_parts(run, n, x, y) - uncut, size)
+        cuts.append(dict(every=n) | cut)
         print(f"{run.label}: thrown away every {n} tokens, its state costs {cut['bpb']:+.4f} bits per byte", flush=True)
-    return result
+
+    whole = by_band(["no cut yet"], torch.zeros_like(y), uncut, size)
+    return dict(tokens_sha256=sha256, length=T, bpb=whole["bpb"], cuts=cuts)
 
 
 def carried_bits(run: Run, corpus) -> dict | None:
