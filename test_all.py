@@ -2039,6 +2039,7 @@ def test_eval_position_by_hand():
             found = torch.tensor([r[name]["nats"], r[name]["bytes"]], dtype=torch.float64).T
             assert (found - sums[key]).abs().max() < 1e-3 and torch.equal(found[:, 1], sums[key][:, 1]), key
             assert error(torch.tensor(r[name]["bpb"]), found[:, 0] / math.log(2) / found[:, 1]) < 1e-6
+            assert error(torch.tensor(r[name]["loss"]), found[:, 0] / torch.tensor(r[name]["targets"])) < 1e-6
         assert r["tokens_sha256"] == digest.hexdigest()
 
 
