@@ -793,7 +793,7 @@ def measure_carry(run: Run, corpus, tokens: int) -> dict:
         names = ["no cut yet", *band_names(starts, n)]
         cut = by_band(names, bands, nats_in_parts(run, n, x, y) - uncut, size)
         cuts.append(dict(every=n) | cut)
-        print(f"{run.label}: thrown away every {n} tokens, its state costs {cut['bpb']:+.4f} bits per byte", flush=True)
+        print(f"{run.label}: to throw its state away every {n} tokens costs {cut['bpb']:.4f} bits per byte", flush=True)
 
     whole = by_band(["no cut yet"], torch.zeros_like(y), uncut, size)
     return dict(tokens_sha256=sha256, length=T, bpb=whole["bpb"], cuts=cuts)
