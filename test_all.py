@@ -1861,6 +1861,7 @@ def test_eval_position_by_hand():
             found = torch.tensor([r[name]["nats"], r[name]["bytes"]], dtype=torch.float64).T
             assert (found - sums[key]).abs().max() < 1e-3 and torch.equal(found[:, 1], sums[key][:, 1]), key
             assert error(torch.tensor(r[name]["bpb"]), found[:, 0] / math.log(2) / found[:, 1]) < 1e-6
+            assert error(torch.tensor(r[name]["loss"]), found[:, 0] / torch.tensor(r[name]["targets"])) < 1e-6
         assert r["tokens_sha256"] == digest.hexdigest()
 
 
@@ -1950,6 +1951,144 @@ def test_eval_ood_is_another_corpus_in_the_models_tokens():
         words = data.load("other.txt", "bpe:300@text.txt", quiet=True)
         assert r["ood_sha256"] == words.sha256 and words.encoding._mergeable_ranks == run.corpus().encoding._mergeable_ranks
     assert measuring.Options().dataset == "python-docs"             # every Python has it: no download, no pyarrow
+
+
+# ---------------------------------------------------------------- copy, carry
+
+def latest_place(row, t):
+    """By looking everywhere: how far before t the tokens t-1, t, t+1 of the row stood last, 0 if nowhere"""
+    return next((t - j for j in range(t - 1, 0, -1) if row[j - 1:j + 2] == row[t - 1:t + 2]), 0)
+
+
+def windowed_copier(W):
+    """A model that knows what followed the last two tokens, wherever they stood less than W tokens ago"""
+    def stream(x, state=None):
+        logits = torch.zeros(*x.shape, 257)
+        for row, out in zip(x.tolist(), logits):
+            for t in range(1, len(row)):
+                for j in range(max(1, t - W + 1), t):
+                    if row[j - 1:j + 1] == row[t - 1:t + 1]:
+                        out[t, row[j + 1]] = 3.0  # so that what it doesn't know costs little more than 8 bits
+        return logits, None
+    return stream
+
+
+def test_eval_copy_finds_the_latest_place():
+    draw = random.Random(0)
+    for n in (2, 3, 4, 100, 300):
+        row = draw.choices(range(4), k=n)
+        assert measuring.copy_distances(row) == [latest_place(row, t) for t in range(n - 1)]
+
+
+def test_eval_copy_recombines():
+    """Every memory: bands have the nats, bytes and tokens of `position`; those of one by a plain loop over targets."""
+    with inside():
+        for memory in MEMORIES:
+            r, whole = measured(memory, "copy"), measured(memory, "position")
+            by = whole["bpb_by_position"]
+            assert [b["band"] for b in r["bands"]] == ["1-7", "8-15", "16-31", "other"] and r["window"] == 8
+            for key in ("nats", "bytes", "targets"):
+                assert math.isclose(sum(b[key] for b in r["bands"]), sum(by[key]), rel_tol=0 if key != "nats" else 1e-6), key
+            assert recombined({key: [b[key] for b in r["bands"]] for key in ("nats", "bytes")}) == r["bpb"]
+            assert abs(r["bpb"] - whole["val_bpb"]) < 1e-6 and r["tokens_sha256"] == whole["tokens_sha256"]
+        (run,), expected = opened(memory), torch.zeros(4, 2, dtype=torch.float64)
+        for x, y, _ in run.corpus().eval_batches(L, 3, 1024):
+            for row, targets, losses in zip(x.tolist(), y.tolist(), nats_at_once(run.model, x, y).tolist()):
+                for t in range(L):
+                    d = latest_place(row + targets[-1:], t)
+                    if targets[t] != 256:
+                        expected[[3, 0, 1, 2, 2][d.bit_length() - 2 if d > 7 else int(d > 0)]] += torch.tensor([losses[t], 1])
+        found = torch.tensor([[b["nats"], b["targets"]] for b in r["bands"]])
+        assert (found - expected).abs().max() < 1e-3 and torch.equal(found[:, 1].double(), expected[:, 1]) and found[1, 1] > 0
+
+
+def test_eval_copy_tells_how_far_a_model_copies():
+    """A model that copies from a window is good in the first band and bad in all others; one that copies from all of the
+    row is good in all but the last."""
+    with inside():
+        corpus, bits = data.load("text.txt", "byte", quiet=True), {}
+        for W in (16, 256):
+            run = in_pieces(stub(windowed_copier(W), local_window=16), 256)
+            r = measuring.measure_copy(run, corpus, 4096)
+            assert [b["band"] for b in r["bands"]] == ["1-15", "16-31", "32-63", "64-127", "128-255", "other"]
+            assert min(b["targets"] for b in r["bands"]) > 30
+            bits[W] = [b["bpb"] for b in r["bands"]]
+    assert bits[16][0] < 5 and min(bits[16][1:]) > 8, bits
+    assert max(bits[256][:-1]) < 7 and bits[256][-1] > 8, bits
+
+
+def windowed(n_layer, W):
+    """A model in which every layer sees W tokens"""
+    torch.manual_seed(0)
+    with mock.patch.object(Config, "window_of", lambda self, layer: self.local_window):
+        net = GPT(Config(n_layer=n_layer, n_head=2, n_embd=16, max_seq_len=64, short_window=W)).double().eval()
+    for p in net.parameters():
+        p.data.normal_(0, 0.3)
+    return net
+
+
+def test_eval_carry_of_a_window_is_nothing_beyond_it():
+    """Two layers that see 4 tokens reach 7 tokens back: whatever is thrown away before those was worth nothing."""
+    with inside():
+        run = in_pieces(stub(None, local_window=4)._replace(model=windowed(2, 4)), 64)
+        r = measuring.measure_carry(run, data.load("text.txt", "byte", quiet=True), 2048)
+        assert [c["every"] for c in r["cuts"]] == [16, 32]
+        for cut in r["cuts"]:
+            assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15", "16-31"][:6 + (cut["every"] > 16)]
+            worth = [b["bpb"] for b in cut["bands"]]
+            assert max(map(abs, [worth[0], *worth[5:]])) < 1e-7 and min(map(abs, worth[1:4])) > 1e-3, worth
+        passage = measuring.carried_bits(run, data.load("text.txt", "byte", quiet=True))
+        assert len(passage["bits"]) == 60 and passage["bits"].abs().max() > 1e-3
+
+
+def test_eval_carry_of_segments_without_memory_is_nothing():
+    with inside():
+        trained("short_segments", "--memory=rmt", "--rmt_tokens=0", "--rmt_segment=4")
+        (cut,) = measured("short_segments", "carry")["cuts"]
+        assert cut["every"] == 16 and all(abs(b["bpb"]) < 1e-7 for b in cut["bands"])
+
+
+def test_eval_carry_by_hand():
+    """Every memory: the parts read one by one, and each token of the passage after its window alone."""
+    with inside():
+        for memory in MEMORIES:
+            r, whole, (run,) = measured(memory, "carry"), measured(memory, "position"), opened(memory)
+            ((x, y, _),) = run.corpus().eval_batches(L, 32, 1024)
+            full, (cut,) = nats_at_once(run.model, x, y), r["cuts"]
+            halves = [nats_at_once(run.model, x[:, i:i + 16], y[:, i:i + 16]) for i in (0, 16)]
+            late, scored = halves[1][y[:, 16:] < 256], (y < 256).sum().item()
+            bits = (late.sum() - full[:, 16:][y[:, 16:] < 256].sum()).item() / math.log(2)
+            assert abs(cut["bpb"] - bits / scored) < 1e-6 and (abs(bits) > 1e-3 or memory == "rmt"), (memory, bits)
+            assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15"]
+            for key, total in (("bytes", scored), ("targets", scored), ("nats", cut["bpb"] * scored * math.log(2))):
+                assert math.isclose(sum(b[key] for b in cut["bands"]), total, abs_tol=1e-9), key
+            assert math.isclose(sum(b["bpb"] * b["bytes"] for b in cut["bands"]), cut["bpb"] * scored, abs_tol=1e-9)
+            assert cut["bands"][3]["targets"] == (y[:, 18:20] < 256).sum() and abs(cut["bands"][0]["bpb"]) < 1e-6
+            assert abs(r["bpb"] - whole["val_bpb"]) < 1e-6 and r["tokens_sha256"] == whole["tokens_sha256"]
+            thirds = torch.cat([nats_at_once(run.model, a, b) for a, b in zip(x.split(12, 1), y.split(12, 1))], 1)
+            assert (measuring.nats_in_parts(run, 12, x, y) - thirds).abs().max() < 1e-4
+
+            passage, row = r["passage"], (x[:16] == 256).sum(1).argmin()
+            assert passage["tokens"] == y[row, 8:].tolist() and passage["window"] == 8
+            for i, t in enumerate(range(8, L)):
+                alone = nats_at_once(run.model, x[row:row + 1, t - 7:t + 1], y[row:row + 1, t - 7:t + 1])[0, -1]
+                assert abs((alone - full[row, t]).item() / math.log(2) - passage["bits"][i]) < 1e-4, (memory, t)
+
+
+def test_eval_carry_passage_is_set_as_text():
+    """Characters stand where a terminal sets them: lines break at their ends and at the last column; half a character is
+    a replacement mark."""
+    glyphs = analyze.lay_out(["ab\n", " c", "defg", "\n", "\n", "\t", "h"], 5)
+    assert glyphs == [
+        (0, 0, "a", 0), (0, 1, "b", 0), (0, 2, "\n", 0), (1, 0, " ", 1), (1, 1, "c", 1), (1, 2, "d", 2), (1, 3, "e", 2), (1, 4, "f", 2),
+        (2, 0, "g", 2), (2, 1, "\n", 3), (3, 0, "\n", 4), (4, 0, " ", 5), (4, 1, " ", 5), (4, 2, " ", 5), (4, 3, " ", 5), (4, 4, "h", 6)]
+    with inside():
+        Path("accents.txt").write_text("\n<|endoftext|>\n".join(["é" * 40] * 100), encoding="utf-8")
+        (run,) = opened("none")
+        passage = measuring.carried_bits(run, data.load("accents.txt", "byte", quiet=True))
+        assert "\ufffd" in passage["texts"] and set(passage["texts"]) <= {"\ufffd", "\n", "<|endoftext|>"}
+        texts = measured("none", "carry")["passage"]["texts"]
+        assert "".join(texts).replace("<|endoftext|>", "") in "".join(short_documents())
 
 
 # ---------------------------------------------------------------- niah
@@ -2071,9 +2210,9 @@ def test_eval_attention_files():
         expected = measuring.attention_at(run, x)[1][:, 1:] / 6
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
-        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
+        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["decay"], leak.tolist()))
         trained("hybrid", "--memory=mosaic", "--memory_layers=0")
-        assert [f["leak"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
+        assert [f["decay"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
         assert measured("deltanet", "attention")["layers"] == []
         assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
@@ -2155,7 +2294,7 @@ def test_eval_all_tasks_of_two_runs():
             for memory in ("rmt", "ttt"):
                 r = json.loads(Path("out", memory, f"eval_{task}.json").read_text())
                 assert (r["task"], r["memory"], r["name"]) == (task, memory, memory) and len(r["data_sha256"]) == 64
-        for task in ("position", "extend", "niah", "ood", "attention", "speed"):
+        for task in ("position", "extend", "carry", "niah", "ood", "attention", "speed"):
             assert Path("out/rmt", f"eval_{task}.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(Path("out").rglob("*.tmp")) and "note: these runs" not in out
         trained("short", "--memory=none", "--max_seq_len=16")
