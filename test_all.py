@@ -129,6 +129,10 @@ def delta(T=(1, 63, 64, 65, 150), D=(16,), Dv=(32,), **more):
     return runs(B=[1], H=[2], T=T, D=D, Dv=Dv, **more)
 
 
+def gated(T=(150,), **more):
+    return runs(B=[2], H=[3], D=[4], gated=[True], T=T, **more)
+
+
 def ttt(T=(64,), D=(32,), K=(16,), **more):
     return runs(B=[1], H=[2], T=T, D=D, K=K, **more)
 
@@ -162,6 +166,11 @@ LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 CASES = {
     "leaky": (runs(B=[2], H=[3], D=[4], T=[1, 2, 64, 65, 4200]),        # 4200 > 64²: three levels of the scan
               dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
+    "leaky_gated": (gated(T=[1, 2, 64, 65, 4200]), {}),
+    "leaky_gated_state": (gated(T=[150], cuts=[(37,), (0, 1, 64, 128)]), {}),
+    "leaky_gated_strong_decay": (gated(), dict(decay=lambda x: -50 * ONE(x))),
+    "leaky_gated_uneven_decay": (gated(T=[130, 4200]), dict(decay=now_and_then)),
+    "leaky_gated_no_decay": (gated(), dict(decay=ZERO)),
     "delta_plain": (delta(), {}),
     "delta_rows": (runs(B=[2], H=[2], D=[16], T=[2, 31, 32, 33, 129]), {}),
     "delta_heads": ([dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEAD_SIZES], {}),
@@ -199,9 +208,9 @@ def function_of(case):
 def fed_in_pieces(fn, cuts):
     """fn in several calls, each of which continues from the state of the one before."""
     def run(impl, state=None, **args):
-        tokens = [name for name in args if name in ("q", "k", "v", "g", "beta", "lr")]
+        tokens = [name for name in args if name in ("q", "k", "v", "g", "beta", "lr", "x", "decay", "log_gate")]
         outputs = []
-        for start, stop in zip((0, *cuts), (*cuts, args["q"].size(1))):
+        for start, stop in zip((0, *cuts), (*cuts, args[tokens[0]].size(1))):
             o, state = fn(**args | {name: args[name][:, start:stop] for name in tokens}, state=state, impl=impl)
             outputs.append(o)
         return torch.cat(outputs, 1), state
