@@ -21,6 +21,7 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
     KNNAttention                       `knn`: an external store that is searched for the nearest keys
     TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories
     ContextualMemory, PersistentMemory `mosaic`: both halves of a Memory Mosaics block
+    ShortAndLongMemory, SwiGLU         `mosaic2`: both halves of its successor's block
     MLP, Block, Stack                  the transformer around them
     RMT                                `rmt`: memory tokens carried from segment to segment, wrapped around the stack
     Memory, MEMORIES                   what a memory has to offer, and the table of memories
@@ -39,7 +40,7 @@ Glossary (name here = symbol in the papers)
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
-2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394). The d12 preset's backbone is nanochat's (via memory-bench).
+2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394; v2: Zhang & Bottou 2025, 2507.03285). The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math
@@ -88,7 +89,7 @@ def check_options(config) -> None:
 class Config:
     """The architecture, flat. A Config that exists can be built: all others raise ValueError with
     one sentence."""
-    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic", "memory")
+    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn, mosaic or mosaic2", "memory")
     memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)",
                                 "memory")
 
@@ -127,6 +128,12 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1 and the long-term one those "
+                                "up to t-m, m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
+    mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
+    mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
+    mosaic2_mlp: bool = option(True, "mosaic2: an MLP as persistent memory; off = learned pairs", "memory")
 
     def __post_init__(self):
         if self.n_kv_head == 0:
@@ -148,6 +155,13 @@ class Config:
     def segment_length(self) -> int:
         """Tokens in a segment of rmt."""
         return self.rmt_segment or self.max_seq_len // 4
+
+    @property
+    def mosaic2_lags(self) -> tuple[int, int]:
+        """The least and the largest m of mosaic2. The published h is 256 and m at least 64, in rows
+        of 4096 tokens. The largest m is h: so every pair is in one of the two memories."""
+        h = self.mosaic2_short or max(self.max_seq_len // 16, 2)
+        return max(h // 4, 1), h
 
     @property
     def store_block(self) -> int:
@@ -908,7 +922,7 @@ class MosaicKey(nn.Module):
 
     Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics,
     Library/memory_mosaics/models/memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ
-    there has no effect, since keys are normalised.
+    there has no effect, since keys are normalised. A power of 0 makes keys of unit length.
     """
     def __init__(self, config: Config, power: float):
         super().__init__()
@@ -916,7 +930,9 @@ class MosaicKey(nn.Module):
         self.power = power  # 1 where keys meet keys, 2 where they meet learned ones: both products have the scale twice
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
-        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ / 10
+        self.scale = None
+        if power > 0:
+            self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)          # σ / 10
 
     def slow(self, x):
         """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
@@ -936,15 +952,21 @@ class MosaicKey(nn.Module):
     def size(self):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
+        if self.scale is None:
+            return self.phi.weight.new_ones(self.phi.out_features // self.D)
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
     def forward(self, x, k_bar):
         """x (B,T,C), k_bar (B,H,D) or None -> keys (B,H,T,D), the new k_bar."""
         new = self.phi(x).unflatten(-1, (-1, self.D))                                   # (B,T,H,D)
         with full_precision(x):
-            averages, k_bar = leaky_average(new, self.decay(), k_bar)
+            averages, k_bar = self.average(new, x, k_bar)
             keys = self.size()[:, None, None] * unit(averages.transpose(1, 2))
             return keys.to(averages.dtype), k_bar
+
+    def average(self, new, x, k_bar):
+        """k̄ of every token (B,T,H,D), and of the last one, from new = W_φ x."""
+        return leaky_average(new, self.decay(), k_bar)
 
 
 class ContextState(NamedTuple):
@@ -980,7 +1002,7 @@ class ContextualMemory(nn.Module):
         k = self.key.slow(x)                                                            # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
-        size = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None]
+        size = self.size()[:, None, None]
         ys = [torch.zeros_like(u[:, :, 0])]                     # nothing stands before token 0
         for t in range(1, x.size(1)):
             # the values before t: each has seen the token after its own
@@ -990,6 +1012,10 @@ class ContextualMemory(nn.Module):
             score = k[:, :, :t] @ k[:, :, t, :, None]                                   # (B,H,t,1)
             ys.append((score.softmax(2) * v).sum(2))
         return self.out(join_heads(torch.stack(ys, 2)))
+
+    def size(self):
+        """The values' length (H,)."""
+        return (EXP_SPEEDUP * self.scale).exp()
 
     def forward(self, x, state=None, ve=None):
         """x (B,T,C) -> y (B,T,C), the new state."""
@@ -1003,32 +1029,48 @@ class ContextualMemory(nn.Module):
         halves = extend(past_u, u)
         with full_precision(x):
             a = self.mix[:, None, None]
-            size = (EXP_SPEEDUP * self.scale).exp()[:, None, None]
+            size = self.size()[:, None, None]
             v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])  # v_i for i < t
         keys = extend(past_k, k)
         values = extend(past_v, v.to(u.dtype))
 
         # Each key asks those before it. Nothing stands before token 0, where y is 0.
         queries = k[:, :, 1:] if state is None else k
-        dropout = self.dropout if self.training else 0.0
         y = queries
         if queries.size(2) > 0:
-            y = attend(queries, keys[:, :, :-1], values, scale=1.0, dropout=dropout)
+            y = self.ask(queries, keys[:, :, :-1], values)
         if state is None:
             y = F.pad(y, (0, 0, 1, 0))
         return self.out(join_heads(y)), ContextState(k_bar, keys, values, u[:, :, -1:])
+
+    def ask(self, queries, keys, values):
+        """What the queries (B,H,T,D) find among the pairs before them: the last of them may see all
+        pairs."""
+        dropout = self.dropout if self.training else 0.0
+        return attend(queries, keys, values, scale=1.0, dropout=dropout)
 
     def weights(self, x, state, ve=None):
         """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing
         on the own token."""
         k, _ = self.key(x, state.k_bar)
         keys = extend(state.k, k)[:, :, :-1].double()
-        weights = attend(k.double(), keys, one_hot_values(keys), scale=1.0)
+        weights = self.ask(k.double(), keys, one_hot_values(keys))
         return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
         """Causal attention to all of the past."""
         return attention_flops(T, None, self.psi.in_features)
+
+
+def feedforward_weights(config: Config) -> int:
+    """Weights for a mosaic block's second half that make the block as large as one of attention."""
+    C = config.n_embd
+    attention_block = 2 * C * (C + config.n_kv_head * config.head_dim) + 8 * C * C
+    mixer = 3 * C * C
+    if config.memory == "mosaic2":
+        gates = 2 * C * config.n_head if config.mosaic2_gated else 0
+        mixer = (mixer + gates) * (2 if config.mosaic2_long else 1)
+    return attention_block - mixer
 
 
 class PersistentMemory(nn.Module):
@@ -1040,8 +1082,7 @@ class PersistentMemory(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.dropout = config.dropout
-        # An attention block has 2C(C + Hkv·D) + 8C² weights; a mosaic block 5C² + 2·N·C.
-        N = config.mosaic_slots or (5 * C + 2 * config.n_kv_head * self.D) // 2
+        N = config.mosaic_slots or (feedforward_weights(config) - 2 * C * C) // (2 * C)
         self.key = MosaicKey(config, power=2)
         self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
@@ -1069,6 +1110,174 @@ class PersistentMemory(nn.Module):
     def flops(self, T):
         """Every key is scored and every value mixed."""
         return 4 * self.P_k.numel()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025, 2507.03285; its code is not public)
+
+class GatedKey(MosaicKey):
+    """k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1}: every token chooses its gate and its leak (eq. 8)."""
+    def __init__(self, config: Config, power: float):
+        super().__init__(config, power)
+        self.leak = None
+        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)                 # W_g
+        self.forget = nn.Linear(config.n_embd, config.n_head, bias=False)               # W_λ
+
+    def slow(self, x):
+        """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
+        gate = self.gate(x).exp()                                                       # (B,T,H)
+        decay = torch.exp(-self.forget(x).abs())
+        k_bar = 0
+        keys = []
+        for t, new in enumerate(split_heads(self.phi(x), self.D).unbind(2)):            # W_φ x_t  (B,H,D)
+            k_bar = gate[:, t, :, None] * new + decay[:, t, :, None] * k_bar
+            keys.append(self.size()[:, None] * k_bar / k_bar.norm(dim=-1, keepdim=True))
+        return torch.stack(keys, 2)
+
+    def average(self, new, x, k_bar):
+        """As MosaicKey.average."""
+        return leaky_average(new, -self.forget(x).abs(), k_bar, log_gate=self.gate(x))
+
+
+class AdaptiveMemory(ContextualMemory):
+    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs,   β_n = β_1 n^α + β_0   (eq. 6): the more pairs, the sharper.
+
+    The pairs i are the last `window` ones of those before t (None: all of them) that are at most
+    t - m. Training draws m from lags = (least, largest) for every batch, evaluation takes the
+    least.
+    """
+    def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
+        super().__init__(config, layer)
+        self.window = window
+        self.lags = lags
+        self.is_adaptive = config.mosaic2_adaptive
+        key = GatedKey if config.mosaic2_gated else MosaicKey
+        self.key = key(config, power=0 if self.is_adaptive else 1)
+        if self.is_adaptive:
+            H = config.n_head
+            self.scale = nn.Parameter(torch.zeros(H))                                   # log of the values' length
+            self.log_beta_0 = nn.Parameter(torch.full((H,), 1.5))
+            self.log_beta_1 = nn.Parameter(torch.full((H,), 1.5))
+            self.alpha = nn.Parameter(torch.full((H,), 1 / 3))
+
+    def size(self):
+        """The values' length (H,), exp(min(|θ|, 15)). At its start, θ = 0, |θ| shall have a gradient."""
+        if not self.is_adaptive:
+            return super().size()
+        return torch.where(self.scale < 0, -self.scale, self.scale).clamp(max=15).exp()
+
+    def beta(self, n):
+        """β of memories with n (T,) pairs -> (H,T)."""
+        if not self.is_adaptive:
+            return self.mix.new_ones(len(self.mix), len(n))
+        power = n ** self.alpha.abs().clamp(max=1)[:, None]
+        return self.log_beta_1.clamp(max=10).exp()[:, None] * power + self.log_beta_0.clamp(max=10).exp()[:, None]
+
+    def slow(self, x):
+        """The layer on a whole sequence, token by token."""
+        k = self.key.slow(x)                                                            # (B,H,T,D)
+        u = split_heads(self.psi(x), self.D)
+        a = self.mix[:, None, None]
+        v_bar = a * u[:, :, :-1] + (1 - a) * u[:, :, 1:]
+        v = self.size()[:, None, None] * v_bar / v_bar.norm(dim=-1, keepdim=True)
+        ys = []
+        for t in range(x.size(1)):
+            end = max(t - self.lags[0] + 1, 0)
+            begin = max(t - self.window, 0) if self.window else 0
+            n = torch.tensor([end - begin])
+            score = self.beta(n)[:, None] * (k[:, :, begin:end] @ k[:, :, t, :, None])  # (B,H,n,1)
+            ys.append((score.softmax(2) * v[:, :, begin:end]).sum(2))                   # 0 where n = 0
+        return self.out(join_heads(torch.stack(ys, 2)))
+
+    def forward(self, x, state=None, ve=None):
+        """As ContextualMemory.forward; the state keeps the pairs that the next token may see."""
+        y, state = super().forward(x, state, ve)
+        if self.window is None:
+            return y, state
+        begin = max(state.k.size(2) - self.window, 0)
+        return y, state._replace(k=state.k[:, :, begin:], v=state.v[:, :, begin:])
+
+    def ask(self, queries, keys, values):
+        """As ContextualMemory.ask: query number j would see the pairs 0 … j, and is left those up
+        to j - (m - 1)."""
+        T = queries.size(2)
+        N = keys.size(2)
+        lag = self.lags[0]
+        is_drawn = self.training and N == T and self.lags[0] < self.lags[1]
+        if is_drawn:    # a tensor: neither the compiler nor a GPU waits for its value
+            lag = torch.randint(self.lags[0], self.lags[1] + 1, (), device=queries.device)
+        n = torch.arange(N - T, N, device=queries.device) + 2 - lag                     # pairs that are left, (T,)
+        with full_precision(queries):
+            queries = (self.beta(n.clamp(1, self.window))[..., None] * queries).to(keys.dtype)
+        look = partial(attend, window=self.window, scale=1.0, dropout=self.dropout if self.training else 0.0)
+
+        # Query j moves to the place of the last pair it sees, and what it finds moves back.
+        if is_drawn:
+            places = torch.arange(T, device=queries.device)
+            y = look(queries.index_select(2, (places + lag - 1) % T), keys, values)
+            return y.index_select(2, (places - lag + 1) % T) * (n > 0)[:, None]
+        empty = min(max(lag - 1 - (N - T), 0), T)                                       # queries that see no pair
+        if empty == T:
+            return torch.zeros_like(values[..., :T, :])
+        kept = N - (lag - 1)
+        y = look(queries[:, :, empty:], keys[:, :, :kept], values[:, :, :kept])
+        return F.pad(y, (0, 0, empty, 0))
+
+    def flops(self, T):
+        """Attention to the pairs it sees in evaluation."""
+        rows = max(T - self.lags[0], 1)
+        return attention_flops(rows, self.window, self.psi.in_features) * rows / T
+
+
+class ShortAndLongMemory(nn.Module):
+    """Short-term memory of the pairs t-h+1 … t-1 (eq. 10), and long-term memory of those up to t-m.
+    Each has its own projection: their sum is one projection of both outputs side by side."""
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        memories = [AdaptiveMemory(config, layer)]
+        if config.mosaic2_long:
+            least, h = config.mosaic2_lags
+            memories = [AdaptiveMemory(config, layer, window=h - 1),
+                        AdaptiveMemory(config, layer, lags=(least, h))]
+        self.memories = nn.ModuleList(memories)
+
+    def slow(self, x):
+        """The layer on a whole sequence, token by token."""
+        return sum(memory.slow(x) for memory in self.memories)
+
+    def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the states of both memories."""
+        states = state or [None] * len(self.memories)
+        results = [memory(x, memory_state, ve) for memory, memory_state in zip(self.memories, states)]
+        return sum(y for y, _ in results), tuple(memory_state for _, memory_state in results)
+
+    def flops(self, T):
+        """Those of its memories."""
+        return sum(memory.flops(T) for memory in self.memories)
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) ⊙ up(x)), of a width that makes the block as large as one of attention. It remembers nothing."""
+    def __init__(self, config: Config):
+        super().__init__()
+        C = config.n_embd
+        width = feedforward_weights(config) // (3 * C)
+        self.gate = nn.Linear(C, width, bias=False)
+        self.up = nn.Linear(C, width, bias=False)
+        self.out = nn.Linear(width, C, bias=False)
+
+    def forward(self, x, state=None):
+        """x (B,T,C) -> y (B,T,C), None."""
+        return self.out(F.silu(self.gate(x)) * self.up(x)), None
+
+    def flops(self, T):
+        """Nothing beside its linear layers."""
+        return 0
+
+
+def mosaic2_feedforward(config: Config) -> nn.Module:
+    """The persistent memory of mosaic2."""
+    return SwiGLU(config) if config.mosaic2_mlp else PersistentMemory(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1338,6 +1547,7 @@ MEMORIES = {
     "deltanet": Memory(mixer=DeltaNet),
     "knn": Memory(mixer=KNNAttention),
     "mosaic": Memory(mixer=ContextualMemory, feedforward=PersistentMemory),
+    "mosaic2": Memory(mixer=ShortAndLongMemory, feedforward=mosaic2_feedforward),
 }
 
 
