@@ -21,7 +21,7 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
     KNNAttention                       `knn`: an external store that is searched for the nearest keys
     TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories
     ContextualMemory, PersistentMemory `mosaic`: both halves of a Memory Mosaics block
-    ShortAndLongMemory, SwiGLU         `mosaic2`: both halves of its successor's block
+    ShortAndLongMemory                 `mosaic2`: its successor
     MLP, Block, Stack                  the transformer around them
     RMT                                `rmt`: memory tokens carried from segment to segment, wrapped around the stack
     Memory, MEMORIES                   what a memory has to offer, and the table of memories
@@ -128,8 +128,8 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
-    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1 and the long-term one those "
-                                "up to t-m, m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the tokens that its short-term memory spans; 0 = max_seq_len / 16",
+                                "memory", low=0)
     mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
     mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
     mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
@@ -155,13 +155,6 @@ class Config:
     def segment_length(self) -> int:
         """Tokens in a segment of rmt."""
         return self.rmt_segment or self.max_seq_len // 4
-
-    @property
-    def mosaic2_lags(self) -> tuple[int, int]:
-        """The least and the largest m of mosaic2. The published h is 256 and m at least 64, in rows
-        of 4096 tokens. The largest m is h: so every pair is in one of the two memories."""
-        h = self.mosaic2_short or max(self.max_seq_len // 16, 2)
-        return max(h // 4, 1), h
 
     @property
     def store_block(self) -> int:
@@ -922,7 +915,7 @@ class MosaicKey(nn.Module):
 
     Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics,
     Library/memory_mosaics/models/memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ
-    there has no effect, since keys are normalised. A power of 0 makes keys of unit length.
+    there has no effect, since keys are normalised.
     """
     def __init__(self, config: Config, power: float):
         super().__init__()
@@ -930,9 +923,7 @@ class MosaicKey(nn.Module):
         self.power = power  # 1 where keys meet keys, 2 where they meet learned ones: both products have the scale twice
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
-        self.scale = None
-        if power > 0:
-            self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)          # σ / 10
+        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ / 10
 
     def slow(self, x):
         """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
@@ -953,20 +944,21 @@ class MosaicKey(nn.Module):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
         if self.scale is None:
-            return self.phi.weight.new_ones(self.phi.out_features // self.D)
+            return torch.ones_like(self.phi.weight[::self.D, 0])
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
-    def forward(self, x, k_bar):
+    def gates(self, x):
+        """What leaky_average takes for decay and log_gate."""
+        return self.decay(), None
+
+    def forward(self, x, k_bar, impl="auto"):
         """x (B,T,C), k_bar (B,H,D) or None -> keys (B,H,T,D), the new k_bar."""
         new = self.phi(x).unflatten(-1, (-1, self.D))                                   # (B,T,H,D)
         with full_precision(x):
-            averages, k_bar = self.average(new, x, k_bar)
+            decay, log_gate = self.gates(x)
+            averages, k_bar = leaky_average(new, decay, k_bar, impl, log_gate)
             keys = self.size()[:, None, None] * unit(averages.transpose(1, 2))
             return keys.to(averages.dtype), k_bar
-
-    def average(self, new, x, k_bar):
-        """k̄ of every token (B,T,H,D), and of the last one, from new = W_φ x."""
-        return leaky_average(new, self.decay(), k_bar)
 
 
 class ContextState(NamedTuple):
@@ -996,6 +988,7 @@ class ContextualMemory(nn.Module):
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ / 10
         self.out = nn.Linear(C, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
+        self.window = None                                      # pairs that a query sees; None for all
 
     def slow(self, x):
         """The layer on a whole sequence, token by token."""
@@ -1041,13 +1034,14 @@ class ContextualMemory(nn.Module):
             y = self.ask(queries, keys[:, :, :-1], values)
         if state is None:
             y = F.pad(y, (0, 0, 1, 0))
-        return self.out(join_heads(y)), ContextState(k_bar, keys, values, u[:, :, -1:])
+        gone = max(keys.size(2) - self.window, 0) if self.window else 0     # pairs that no later query sees
+        return self.out(join_heads(y)), ContextState(k_bar, keys[:, :, gone:], values[:, :, gone:], u[:, :, -1:])
 
     def ask(self, queries, keys, values):
         """What the queries (B,H,T,D) find among the pairs before them: the last of them may see all
         pairs."""
         dropout = self.dropout if self.training else 0.0
-        return attend(queries, keys, values, scale=1.0, dropout=dropout)
+        return attend(queries, keys, values, self.window, scale=1.0, dropout=dropout)
 
     def weights(self, x, state, ve=None):
         """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing
@@ -1058,19 +1052,18 @@ class ContextualMemory(nn.Module):
         return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
-        """Causal attention to all of the past."""
-        return attention_flops(T, None, self.psi.in_features)
+        """Causal attention to all of the past, or to a window."""
+        return attention_flops(T, self.window, self.psi.in_features)
 
 
 def feedforward_weights(config: Config) -> int:
-    """Weights for a mosaic block's second half that make the block as large as one of attention."""
+    """The weights that make a mosaic block's second half, so that the block has as many as one of attention."""
     C = config.n_embd
-    attention_block = 2 * C * (C + config.n_kv_head * config.head_dim) + 8 * C * C
     mixer = 3 * C * C
     if config.memory == "mosaic2":
         gates = 2 * C * config.n_head if config.mosaic2_gated else 0
         mixer = (mixer + gates) * (2 if config.mosaic2_long else 1)
-    return attention_block - mixer
+    return 10 * C * C + 2 * C * config.n_kv_head * config.head_dim - mixer
 
 
 class PersistentMemory(nn.Module):
@@ -1113,10 +1106,10 @@ class PersistentMemory(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025, 2507.03285; its code is not public)
+# mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025; its code is not public). Each of its four changes can be switched off
 
 class GatedKey(MosaicKey):
-    """k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1}: every token chooses its gate and its leak (eq. 8)."""
+    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8)."""
     def __init__(self, config: Config, power: float):
         super().__init__(config, power)
         self.leak = None
@@ -1124,54 +1117,48 @@ class GatedKey(MosaicKey):
         self.forget = nn.Linear(config.n_embd, config.n_head, bias=False)               # W_λ
 
     def slow(self, x):
-        """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
-        gate = self.gate(x).exp()                                                       # (B,T,H)
-        decay = torch.exp(-self.forget(x).abs())
-        k_bar = 0
-        keys = []
-        for t, new in enumerate(split_heads(self.phi(x), self.D).unbind(2)):            # W_φ x_t  (B,H,D)
-            k_bar = gate[:, t, :, None] * new + decay[:, t, :, None] * k_bar
-            keys.append(self.size()[:, None] * k_bar / k_bar.norm(dim=-1, keepdim=True))
-        return torch.stack(keys, 2)
+        """With the loop of leaky_average, which is the equation."""
+        return self(x, None, impl="loop")[0]
 
-    def average(self, new, x, k_bar):
-        """As MosaicKey.average."""
-        return leaky_average(new, -self.forget(x).abs(), k_bar, log_gate=self.gate(x))
+    def gates(self, x):
+        """log λ_t and log g_t (B,T,H)."""
+        return -self.forget(x).abs(), self.gate(x)
 
 
 class AdaptiveMemory(ContextualMemory):
-    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs,   β_n = β_1 n^α + β_0   (eq. 6): the more pairs, the sharper.
+    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^α + β_0: the more pairs, the sharper   (eq. 6).
 
-    The pairs i are the last `window` ones of those before t (None: all of them) that are at most
-    t - m. Training draws m from lags = (least, largest) for every batch, evaluation takes the
-    least.
+    They are the last `window` pairs up to t - m. Training draws m from lags = (least, largest) for
+    every batch; evaluation takes the least.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
         self.window = window
         self.lags = lags
+        self.key = GatedKey(config, power=1) if config.mosaic2_gated else MosaicKey(config, power=1)
         self.is_adaptive = config.mosaic2_adaptive
-        key = GatedKey if config.mosaic2_gated else MosaicKey
-        self.key = key(config, power=0 if self.is_adaptive else 1)
         if self.is_adaptive:
-            H = config.n_head
-            self.scale = nn.Parameter(torch.zeros(H))                                   # log of the values' length
-            self.log_beta_0 = nn.Parameter(torch.full((H,), 1.5))
-            self.log_beta_1 = nn.Parameter(torch.full((H,), 1.5))
-            self.alpha = nn.Parameter(torch.full((H,), 1 / 3))
+            self.key.scale = None
+            start = torch.ones(config.n_head)
+            self.scale = nn.Parameter(0 * start)
+            self.beta_0 = nn.Parameter(1.5 * start)                                     # log β_0
+            self.beta_1 = nn.Parameter(1.5 * start)                                     # log β_1
+            self.alpha = nn.Parameter(start / 3)
 
     def size(self):
-        """The values' length (H,), exp(min(|θ|, 15)). At its start, θ = 0, |θ| shall have a gradient."""
+        """The values' length (H,), exp(min(|θ|, 15)). |θ| has a gradient at 0 too, where θ starts."""
         if not self.is_adaptive:
             return super().size()
         return torch.where(self.scale < 0, -self.scale, self.scale).clamp(max=15).exp()
 
-    def beta(self, n):
-        """β of memories with n (T,) pairs -> (H,T)."""
+    def sharpen(self, queries, n):
+        """β_n times queries (B,H,T,D), before which there are n (T,) pairs."""
         if not self.is_adaptive:
-            return self.mix.new_ones(len(self.mix), len(n))
-        power = n ** self.alpha.abs().clamp(max=1)[:, None]
-        return self.log_beta_1.clamp(max=10).exp()[:, None] * power + self.log_beta_0.clamp(max=10).exp()[:, None]
+            return queries
+        with full_precision(queries):
+            power = n.clamp(1, self.window) ** self.alpha.abs().clamp(max=1)[:, None]            # n^α  (H,T)
+            beta = self.beta_1.clamp(max=10).exp()[:, None] * power + self.beta_0.clamp(max=10).exp()[:, None]
+            return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
         """The layer on a whole sequence, token by token."""
@@ -1182,118 +1169,86 @@ class AdaptiveMemory(ContextualMemory):
         v = self.size()[:, None, None] * v_bar / v_bar.norm(dim=-1, keepdim=True)
         ys = []
         for t in range(x.size(1)):
-            end = max(t - self.lags[0] + 1, 0)
-            begin = max(t - self.window, 0) if self.window else 0
-            n = torch.tensor([end - begin])
-            score = self.beta(n)[:, None] * (k[:, :, begin:end] @ k[:, :, t, :, None])  # (B,H,n,1)
+            end = max(t + 1 - self.lags[0], 0)
+            begin = max(end - self.window, 0) if self.window else 0
+            query = self.sharpen(k[:, :, t:t + 1], torch.tensor([end - begin]))
+            score = k[:, :, begin:end] @ query.mT                                       # (B,H,n,1)
             ys.append((score.softmax(2) * v[:, :, begin:end]).sum(2))                   # 0 where n = 0
         return self.out(join_heads(torch.stack(ys, 2)))
 
-    def forward(self, x, state=None, ve=None):
-        """As ContextualMemory.forward; the state keeps the pairs that the next token may see."""
-        y, state = super().forward(x, state, ve)
-        if self.window is None:
-            return y, state
-        begin = max(state.k.size(2) - self.window, 0)
-        return y, state._replace(k=state.k[:, :, begin:], v=state.v[:, :, begin:])
-
     def ask(self, queries, keys, values):
-        """As ContextualMemory.ask: query number j would see the pairs 0 … j, and is left those up
-        to j - (m - 1)."""
+        """As ContextualMemory.ask, but of the pairs before a query its last m - 1 are left out."""
         T = queries.size(2)
-        N = keys.size(2)
+        before = keys.size(2) - T
         lag = self.lags[0]
-        is_drawn = self.training and N == T and self.lags[0] < self.lags[1]
-        if is_drawn:    # a tensor: neither the compiler nor a GPU waits for its value
-            lag = torch.randint(self.lags[0], self.lags[1] + 1, (), device=queries.device)
-        n = torch.arange(N - T, N, device=queries.device) + 2 - lag                     # pairs that are left, (T,)
-        with full_precision(queries):
-            queries = (self.beta(n.clamp(1, self.window))[..., None] * queries).to(keys.dtype)
-        look = partial(attend, window=self.window, scale=1.0, dropout=self.dropout if self.training else 0.0)
+        is_drawn = self.training and before == 0 and lag < self.lags[1]
+        if is_drawn:    # as a tensor, for whose value neither the compiler nor a GPU waits
+            lag = torch.randint(lag, self.lags[1] + 1, (), device=queries.device)
+        n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
+        queries = self.sharpen(queries, n)
 
-        # Query j moves to the place of the last pair it sees, and what it finds moves back.
+        # A query moves to the place of the newest pair that it sees, and what it finds moves back.
         if is_drawn:
-            places = torch.arange(T, device=queries.device)
-            y = look(queries.index_select(2, (places + lag - 1) % T), keys, values)
-            return y.index_select(2, (places - lag + 1) % T) * (n > 0)[:, None]
-        empty = min(max(lag - 1 - (N - T), 0), T)                                       # queries that see no pair
+            place = torch.arange(T, device=queries.device)
+            y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
+            return y.index_select(2, (place - lag + 1) % T) * (n > 0)[:, None]
+        empty = min(max(lag - 1 - before, 0), T)                                        # queries that see no pair
         if empty == T:
-            return torch.zeros_like(values[..., :T, :])
-        kept = N - (lag - 1)
-        y = look(queries[:, :, empty:], keys[:, :, :kept], values[:, :, :kept])
+            return torch.zeros_like(queries[..., :1] * values[..., :1, :])
+        end = before + T - (lag - 1)
+        y = super().ask(queries[:, :, empty:], keys[:, :, :end], values[:, :, :end])
         return F.pad(y, (0, 0, empty, 0))
-
-    def flops(self, T):
-        """Attention to the pairs it sees in evaluation."""
-        rows = max(T - self.lags[0], 1)
-        return attention_flops(rows, self.window, self.psi.in_features) * rows / T
 
 
 class ShortAndLongMemory(nn.Module):
-    """Short-term memory of the pairs t-h+1 … t-1 (eq. 10), and long-term memory of those up to t-m.
-    Each has its own projection: their sum is one projection of both outputs side by side."""
+    """A memory of the pairs t-h+1 … t-1 (eq. 10), and one of those up to t-m, with m from h/4 to h.
+
+    Published are h = 256 and m from 64, for rows of 4096 tokens. The sum of the memories' two
+    projections is one projection of their outputs side by side.
+    """
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        memories = [AdaptiveMemory(config, layer)]
-        if config.mosaic2_long:
-            least, h = config.mosaic2_lags
-            memories = [AdaptiveMemory(config, layer, window=h - 1),
-                        AdaptiveMemory(config, layer, lags=(least, h))]
-        self.memories = nn.ModuleList(memories)
-
-    def slow(self, x):
-        """The layer on a whole sequence, token by token."""
-        return sum(memory.slow(x) for memory in self.memories)
+        h = config.mosaic2_short or max(config.max_seq_len // 16, 2)
+        settings = [dict(window=h - 1), dict(lags=(max(h // 4, 1), h))] if config.mosaic2_long else [{}]
+        self.memories = nn.ModuleList(AdaptiveMemory(config, layer, **options) for options in settings)
 
     def forward(self, x, state=None, ve=None):
-        """x (B,T,C) -> y (B,T,C), the states of both memories."""
+        """x (B,T,C) -> y (B,T,C), the states of the memories."""
         states = state or [None] * len(self.memories)
-        results = [memory(x, memory_state, ve) for memory, memory_state in zip(self.memories, states)]
-        return sum(y for y, _ in results), tuple(memory_state for _, memory_state in results)
+        results = [memory(x, before, ve) for memory, before in zip(self.memories, states)]
+        return sum(y for y, _ in results), tuple(after for _, after in results)
 
     def flops(self, T):
         """Those of its memories."""
         return sum(memory.flops(T) for memory in self.memories)
 
 
-class SwiGLU(nn.Module):
-    """out(silu(gate(x)) ⊙ up(x)), of a width that makes the block as large as one of attention. It remembers nothing."""
-    def __init__(self, config: Config):
-        super().__init__()
-        C = config.n_embd
-        width = feedforward_weights(config) // (3 * C)
-        self.gate = nn.Linear(C, width, bias=False)
-        self.up = nn.Linear(C, width, bias=False)
-        self.out = nn.Linear(width, C, bias=False)
-
-    def forward(self, x, state=None):
-        """x (B,T,C) -> y (B,T,C), None."""
-        return self.out(F.silu(self.gate(x)) * self.up(x)), None
-
-    def flops(self, T):
-        """Nothing beside its linear layers."""
-        return 0
-
-
 def mosaic2_feedforward(config: Config) -> nn.Module:
-    """The persistent memory of mosaic2."""
-    return SwiGLU(config) if config.mosaic2_mlp else PersistentMemory(config)
+    """Its persistent memory, which is an MLP."""
+    if not config.mosaic2_mlp:
+        return PersistentMemory(config)
+    return MLP(config, swiglu_width=feedforward_weights(config) // (3 * config.n_embd))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The transformer around them
 
 class MLP(nn.Module):
-    """C -> 4C -> C with ReLU² (nanochat) or GELU (GPT-2). It remembers nothing."""
-    def __init__(self, config: Config):
+    """C -> 4C -> C with ReLU² (nanochat) or GELU (GPT-2), or C -> swiglu_width -> C with SwiGLU. It remembers
+    nothing."""
+    def __init__(self, config: Config, swiglu_width: int = 0):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = swiglu_width or 4 * config.n_embd
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, width, bias=config.bias) if swiglu_width else None
+        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
         self.is_relu2 = config.activation == "relu2"
 
     def forward(self, x, state=None):
         """x (B,T,C) -> y (B,T,C), None."""
         h = self.up(x)
+        if self.gate is not None:
+            return self.out(F.silu(self.gate(x)) * h), None
         h = F.relu(h).square() if self.is_relu2 else F.gelu(h)
         return self.out(h), None
 
