@@ -592,6 +592,151 @@ def test_mosaic_is_its_equation():
     assert error(block.mixer.key.decay(), torch.exp(-torch.tensor([0.5, 5.0]))) < 1e-6
 
 
+CHANGES = ("long", "gated", "adaptive", "mlp")                  # of mosaic2 against mosaic
+
+
+def without(*changes):
+    return {f"mosaic2_{change}": False for change in changes}
+
+
+def mosaic2_layer(*changes, **options):
+    """mosaic2's mixer with some changes switched off; its parameters are far from where they start, m is 3 in evaluation."""
+    layer = small_layer("mosaic2", **without(*changes), **options)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in layer.named_parameters():
+        spread = 0.05 if "leak" in name or "scale" in name else 0.3
+        p.data.add_(spread * torch.randn(p.shape, dtype=p.dtype, generator=generator))
+    return layer
+
+
+def contextual_memory(memory, x, window, m, gated, adaptive):
+    """One head after the other, one token after the other, from the parameters alone."""
+    p = {name: value for name, value in memory.named_parameters()}
+    B, T, _ = x.shape
+    heads = []
+    for h in range(2):
+        rows = slice(8 * h, 8 * h + 8)
+        new, u = x @ p["key.phi.weight"][rows].T, x @ p["psi.weight"][rows].T           # (B,T,D)
+        g = decay = x.new_ones(B, T)
+        if gated:
+            g = (x @ p["key.gate.weight"][h]).exp()
+            decay = (-(x @ p["key.forget.weight"][h]).abs()).exp()
+        else:
+            decay = decay * (-(10 * p["key.leak"][h]).abs()).exp()
+        length = 1 if adaptive else (10 * p["key.scale"][h]).exp()
+        k_bar, keys = 0, []
+        for t in range(T):
+            k_bar = g[:, t, None] * new[:, t] + decay[:, t, None] * k_bar
+            keys.append(length * k_bar / k_bar.norm(dim=-1, keepdim=True))
+        v_bar = p["mix"][h] * u[:, :-1] + (1 - p["mix"][h]) * u[:, 1:]
+        length = p["scale"][h].abs().exp() if adaptive else (10 * p["scale"][h]).exp()
+        v = length * v_bar / v_bar.norm(dim=-1, keepdim=True)
+        ys = []
+        for t in range(T):
+            pairs = [i for i in range(t) if i <= t - m and i >= t - (window or T)]      # counted from 0
+            if not pairs:
+                ys.append(torch.zeros_like(u[:, 0]))
+                continue
+            beta = 1
+            if adaptive:
+                beta = p["beta_1"][h].exp() * len(pairs) ** p["alpha"][h].abs().clamp(max=1) + p["beta_0"][h].exp()
+            weights = torch.stack([beta * (keys[t] * keys[i]).sum(-1) for i in pairs], 1).softmax(1)
+            ys.append((weights[..., None] * v[:, pairs]).sum(1))
+        heads.append(torch.stack(ys, 1))
+    return torch.cat(heads, -1) @ p["out.weight"].T
+
+
+def gradients(layer, y):
+    weight = noise(*y.shape, seed=5)
+    return torch.autograd.grad((weight * y).sum(), list(layer.parameters()), retain_graph=True)
+
+
+@each(off=[(), ("long",), ("gated",), ("adaptive",), ("gated", "adaptive")])
+def test_mosaic2_is_its_equation(off):
+    """Values, and the gradient of every parameter. In rows of 12 and more tokens the short-term memory forgets, in rows of
+    up to 3 the long-term one is empty. In training m is drawn."""
+    layer = mosaic2_layer(*off)
+    gated, adaptive = "gated" not in off, "adaptive" not in off
+    reach = [(None, (1, 1))] if "long" in off else [(11, (1, 1)), (None, (3, 12))]      # of each memory: window, lags
+    assert [(memory.window, memory.lags) for memory in layer.memories] == reach
+    for length in (1, 2, 3, 4, 13, 40):
+        x = noise(2, length, 16)
+        expected = [contextual_memory(memory, x, window, lags[0], gated, adaptive)
+                    for memory, (window, lags) in zip(layer.memories, reach)]
+        y, _ = layer.eval()(x)
+        slow = sum(memory.slow(x) for memory in layer.memories)
+        assert error(y, sum(expected)) < 1e-10 and error(slow, sum(expected)) < 1e-10, length
+    for a, b, c in zip(gradients(layer, y), gradients(layer, slow), gradients(layer, sum(expected))):
+        assert error(a, c) < 1e-10 and error(b, c) < 1e-10
+
+    layer.train()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        y, _ = layer(x)
+        torch.manual_seed(seed)
+        m = 1 if "long" in off else int(torch.randint(3, 13, ()))
+        expected[-1] = contextual_memory(layer.memories[-1], x, None, m, gated, adaptive)
+        assert error(y, sum(expected)) < 1e-10, (seed, m)
+    for a, c in zip(gradients(layer, y), gradients(layer, sum(expected))):
+        assert error(a, c) < 1e-10
+
+
+def test_mosaic2_draws_m_for_every_batch():
+    """From h/4 to h in training, of a quarter of the rows' length in the published proportion; the same after the same seed."""
+    layer, x = mosaic2_layer().train(), noise(1, 40, 16)
+    seen = []
+    with mock.patch.object(torch, "randint", side_effect=lambda *args, wrapped=torch.randint, **more: seen.append(wrapped(*args, **more)) or seen[-1]):
+        for seed in range(200):
+            torch.manual_seed(seed)
+            y, _ = layer(x)
+    assert set(map(int, seen)) == set(range(3, 13)) and len(seen) == 200
+    torch.manual_seed(199)
+    assert torch.equal(layer(x)[0], y) and torch.equal(layer.eval()(x)[0], layer(x)[0])
+    published = GPT(Config(memory="mosaic2", max_seq_len=4096, n_layer=1)).body.blocks[0].mixer.memories
+    assert (published[0].window, published[1].lags) == (255, (64, 256))
+
+
+@each(memory=["mosaic2"], hybrid=["all", "1"])
+@torch.no_grad()
+def test_mosaic2_without_its_changes_is_mosaic(memory, hybrid):
+    options = dict(variant="d12", n_layer=3, memory_layers=hybrid)
+    old, new = small("mosaic", **options), small(memory, **options, **without(*CHANGES))
+    new.load_state_dict({name.replace(".mixer.", ".mixer.memories.0.") if hybrid == "all" or ".1.mixer" in name else name: p
+                         for name, p in old.state_dict().items()})
+    idx = tokens()
+    assert error(new(idx), old(idx)) < 1e-14
+    (a, _), (b, _) = (net.stream(idx[:, 33:], net.stream(idx[:, :33])[1]) for net in (new, old))
+    assert error(a, b) < 1e-14 and parameters(old) == parameters(new)
+
+
+@each(preset=PRESETS, off=[(), *[(change,) for change in CHANGES], CHANGES])
+def test_mosaic2_is_as_large_as_attention(preset, off):
+    with torch.device("meta"):
+        none, mosaic2 = (GPT(Config(memory=memory, **PRESETS[preset], **without(*off))) for memory in ("none", "mosaic2"))
+    for a, b in zip(mosaic2.body.blocks, none.body.blocks):
+        assert abs(parameters(a) / parameters(b) - 1) < 0.01
+
+
+@torch.no_grad()
+def test_mosaic2_state():
+    """The short-term memory keeps the 11 pairs that the next token sees, the last without its value; the long-term one
+    keeps all pairs."""
+    layer = mosaic2_layer()
+    for length in (1, 5, 11, 12, 30):
+        _, (short, long) = layer(noise(2, length, 16))
+        kept = min(length, 11)
+        assert short.k.shape == (2, 2, kept, 8) and short.v.shape == (2, 2, kept - 1, 8)
+        assert long.k.shape == (2, 2, length, 8) and long.v.shape == (2, 2, length - 1, 8)
+        vectors = 2 * kept - 1 + 2 * length - 1 + 4             # a leaky average and half a value in each
+        assert state_bytes((short, long)) == 8 * 2 * 16 * vectors
+
+
+def test_mosaic2_flops():
+    layer = mosaic2_layer()
+    pairs = sum(min(t, 11) + t for t in range(1, 41))
+    assert abs(layer.flops(40) - 4 * 16 * pairs / 40) < 1e-9
+
+
 @torch.no_grad()
 def test_deltanet_layer():
     """The layer's own steps around the rule: convolution, normalisation, gates, output norm."""
