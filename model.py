@@ -40,7 +40,8 @@ Glossary (name here = symbol in the papers)
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
-2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394; v2: Zhang & Bottou 2025, 2507.03285). The d12 preset's backbone is nanochat's (via memory-bench).
+2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394) and their second version (Zhang & Bottou 2025, 2507.03285).
+The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math
@@ -128,8 +129,8 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
-    mosaic2_short: int = option(0, "mosaic2: h, the tokens that its short-term memory spans; 0 = max_seq_len / 16",
-                                "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those up "
+                                "to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
     mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
     mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
     mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
@@ -1029,17 +1030,17 @@ class ContextualMemory(nn.Module):
 
         # Each key asks those before it. Nothing stands before token 0, where y is 0.
         queries = k[:, :, 1:] if state is None else k
-        y = queries
-        if queries.size(2) > 0:
-            y = self.ask(queries, keys[:, :, :-1], values)
+        y = self.ask(queries, keys[:, :, :-1], values)
         if state is None:
             y = F.pad(y, (0, 0, 1, 0))
         gone = max(keys.size(2) - self.window, 0) if self.window else 0     # pairs that no later query sees
         return self.out(join_heads(y)), ContextState(k_bar, keys[:, :, gone:], values[:, :, gone:], u[:, :, -1:])
 
     def ask(self, queries, keys, values):
-        """What the queries (B,H,T,D) find among the pairs before them: the last of them may see all
-        pairs."""
+        """What queries (B,H,T,D) find among the pairs before them; the last query stands behind the last
+        pair."""
+        if queries.size(2) == 0:
+            return values[:, :, :0]
         dropout = self.dropout if self.training else 0.0
         return attend(queries, keys, values, self.window, scale=1.0, dropout=dropout)
 
@@ -1156,7 +1157,7 @@ class AdaptiveMemory(ContextualMemory):
         if not self.is_adaptive:
             return queries
         with full_precision(queries):
-            power = n.clamp(1, self.window) ** self.alpha.abs().clamp(max=1)[:, None]            # n^α  (H,T)
+            power = n.clamp(1, self.window) ** self.alpha.abs().clamp(max=1)[:, None]   # n^α  (H,T)
             beta = self.beta_1.clamp(max=10).exp()[:, None] * power + self.beta_0.clamp(max=10).exp()[:, None]
             return (beta[..., None] * queries).to(queries.dtype)
 
@@ -1193,18 +1194,16 @@ class AdaptiveMemory(ContextualMemory):
             y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
             return y.index_select(2, (place - lag + 1) % T) * (n > 0)[:, None]
         empty = min(max(lag - 1 - before, 0), T)                                        # queries that see no pair
-        if empty == T:
-            return torch.zeros_like(queries[..., :1] * values[..., :1, :])
         end = before + T - (lag - 1)
         y = super().ask(queries[:, :, empty:], keys[:, :, :end], values[:, :, :end])
         return F.pad(y, (0, 0, empty, 0))
 
 
 class ShortAndLongMemory(nn.Module):
-    """A memory of the pairs t-h+1 … t-1 (eq. 10), and one of those up to t-m, with m from h/4 to h.
+    """A memory of the pairs t-h+1 … t-1 (eq. 10) and one of those up to t-m, with m from h/4 to h.
 
-    Published are h = 256 and m from 64, for rows of 4096 tokens. The sum of the memories' two
-    projections is one projection of their outputs side by side.
+    Published are h = 256 and m from 64 to 256, for rows of 4096 tokens. The sum of the memories'
+    own projections is one projection of their outputs side by side.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1549,6 +1548,8 @@ def check_architecture(config: Config) -> None:
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
                          "at once; raise it")
+    if config.mosaic2_short == 1:
+        raise ValueError("mosaic2_short=1 leaves the short-term memory no pairs; give 2 or more")
     if config.memory == "rmt":
         S = config.segment_length
         if S < 1 or config.max_seq_len % S:

@@ -681,6 +681,21 @@ def test_mosaic2_is_its_equation(off):
         assert error(a, c) < 1e-10
 
 
+@torch.no_grad()
+def test_mosaic2_caps():
+    """β_0 and β_1 up to e^10, α up to 1, values up to e^15 long; α and the values' length whatever the sign."""
+    short, long = mosaic2_layer().memories
+    short.scale.copy_(torch.tensor([-20.0, -0.5]))
+    assert error(short.size(), torch.tensor([15.0, 0.5]).exp()) < 1e-6
+    for memory, most in ((short, 11), (long, 50)):
+        memory.beta_0.copy_(torch.tensor([12.0, 1.0]))
+        memory.beta_1.copy_(torch.tensor([1.0, 12.0]))
+        memory.alpha.copy_(torch.tensor([-0.5, -3.0]))
+        beta = memory.sharpen(torch.ones(1, 2, 3, 1), torch.tensor([-2, 4, 50]))[0, :, :, 0]
+        n = torch.tensor([1, 4, most])
+        assert error(beta[0], math.e * n ** 0.5 + math.exp(10)) < 1e-6 and error(beta[1], math.exp(10) * n + math.e) < 1e-6
+
+
 def test_mosaic2_draws_m_for_every_batch():
     """From h/4 to h in training, of a quarter of the rows' length in the published proportion; the same after the same seed."""
     layer, x = mosaic2_layer().train(), noise(1, 40, 16)
@@ -887,6 +902,7 @@ def test_flops_count_the_matrix_products():
     (dict(memory_layers="1"), "no effect"), (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(pos="sinus"), "sinus"),
     (dict(dropout=1.5), "dropout"), (dict(n_layer=0), "n_layer=0"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
     (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"), (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"),
+    (dict(memory="mosaic2", mosaic2_short=1), "mosaic2_short=1"),
     (dict(n_embd=12, n_head=4), "rope needs an even head size"),
     (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")])
 def test_impossible_architectures(case):
@@ -904,10 +920,12 @@ def test_memory_layers():
 
 
 def test_settings_of_other_memories_are_named():
-    others = dict(knn_capacity=600, expand_v=2, mosaic_slots=5)
+    others = dict(knn_capacity=600, expand_v=2, mosaic_slots=5, mosaic2_short=9, mosaic2_mlp=False)
     assert model.unused_options(Config()) == [] == model.unused_options(Config(memory="knn", knn_capacity=600, memory_layers="1"))
-    assert model.unused_options(Config(n_layer=3, **others)) == ["expand_v", "knn_capacity", "mosaic_slots"]
-    assert model.unused_options(Config(memory="deltanet", **others)) == ["knn_capacity", "mosaic_slots"]
+    assert model.unused_options(Config(n_layer=3, **others)) == [
+        "expand_v", "knn_capacity", "mosaic_slots", "mosaic2_short", "mosaic2_mlp"]
+    assert model.unused_options(Config(memory="deltanet", **others)) == ["knn_capacity", "mosaic_slots", "mosaic2_short", "mosaic2_mlp"]
+    assert model.unused_options(Config(memory="mosaic2", **others)) == ["expand_v", "knn_capacity", "mosaic_slots"]
 
 
 def test_learned_positions_end():
