@@ -1117,10 +1117,6 @@ class GatedKey(MosaicKey):
         self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)                 # W_g
         self.forget = nn.Linear(config.n_embd, config.n_head, bias=False)               # W_λ
 
-    def slow(self, x):
-        """With the loop of leaky_average, which is the equation."""
-        return self(x, None, impl="loop")[0]
-
     def gates(self, x):
         """log λ_t and log g_t (B,T,H)."""
         return -self.forget(x).abs(), self.gate(x)
@@ -1162,8 +1158,8 @@ class AdaptiveMemory(ContextualMemory):
             return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token."""
-        k = self.key.slow(x)                                                            # (B,H,T,D)
+        """The layer on a whole sequence, token by token; the keys' average is the loop in memories.py."""
+        k, _ = self.key(x, None, impl="loop")                                           # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
         v_bar = a * u[:, :, :-1] + (1 - a) * u[:, :, 1:]
