@@ -22,7 +22,7 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
     TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories
     ContextualMemory, PersistentMemory `mosaic`: both halves of a Memory Mosaics block
     ShortAndLongMemory                 `mosaic2`: its successor
-    MLP, Block, Stack                  the transformer around them
+    MLP, TokenShift, Block, Stack      the transformer around them
     RMT                                `rmt`: memory tokens carried from segment to segment, wrapped around the stack
     Memory, MEMORIES                   what a memory has to offer, and the table of memories
     check_architecture                 what cannot be built
@@ -101,12 +101,13 @@ class Config:
     vocab_size: int = option(257, "size of the token vocabulary", low=1)
     max_seq_len: int = option(512, "training length in tokens", low=1)
 
-    window: str = option("SSSL", "attention layers' pattern, tiled: L all of the past, S short_window; the last is L")
+    window: str = option("SSSL", "attention layers' pattern, tiled over the layers: L all of the past, S short_window")
     short_window: int = option(0, "tokens an S layer sees; 0 = max_seq_len / 4", low=0)
     pos: str = option("rope", "positions in attention layers", choices=("rope", "alibi", "learned", "none"))
     rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
     qk_norm: bool = option(True, "normalise queries and keys per head")
 
+    token_shift: bool = option(False, "every block first adds to a token a learned mixture of the three before it")
     norm: str = option("rms", "rms (no parameters) or layer", choices=("rms", "layer"))
     activation: str = option("relu2", "MLP nonlinearity", choices=("relu2", "gelu"))
     bias: bool = option(False, "biases in linear layers and LayerNorms")
@@ -121,6 +122,8 @@ class Config:
     rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4", "memory", low=0)
     rmt_bptt: int = option(8, "rmt: segment boundaries that each segment's gradient crosses backwards", "memory", low=0)
     ttt_chunk: int = option(16, "ttt: inner mini-batch K, tokens a gradient step", "memory", low=1)
+    ttt_backbone: str = option("mamba", "ttt: what stands around the inner model: mamba (as published: convolutions and "
+                               "an output gate) or transformer (neither)", "memory", choices=("mamba", "transformer"))
     expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)",
                            "memory", low=1)
     knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
@@ -163,12 +166,9 @@ class Config:
         return min(self.local_window, 64)
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens that attention layer `layer` sees, itself included; None for all of the past."""
+        """Tokens that attention layer `layer` sees, the query's own included; None for all of the past."""
         letter = self.window[layer % len(self.window)]
-        is_last = layer == self.n_layer - 1
-        if letter == "L" or is_last:
-            return None
-        return self.local_window
+        return None if letter == "L" else self.local_window
 
     def value_embed_index(self, layer: int) -> int | None:
         """Which of the value embeddings a layer uses. Alternating layers have one, the last layer
@@ -237,6 +237,34 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     sin = angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)                              # each (B,H,T,D/2)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+CONV_WIDTH = 4      # tokens that a short convolution sees, as published for ttt and deltanet
+
+
+def causal_conv(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A depthwise convolution over time that looks back only: y_t = Σ_i weight_i ⊙ x_{t-width+1+i}.
+
+    x (B,T,channels), weight (channels,1,width), tail (B,width-1,channels) the inputs before x, None
+    for zeros -> y (B,T,channels), the new tail
+    """
+    B, T, channels = x.shape
+    width = weight.size(2)
+    if tail is None:
+        tail = x.new_zeros(B, width - 1, channels)
+    x = torch.cat([tail, x], 1)
+    # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass under
+    # torch.compile.
+    y = 0
+    for i in range(width):
+        y = y + weight[:, 0, i].to(x.dtype) * x[:, i:i + T]
+    return y, x[:, T:]
+
+
+def conv_start(*shape) -> Tensor:
+    """How the filters and biases of a short convolution start in both official codes (nn.Conv1d's
+    way): uniform within ±1/√width."""
+    return torch.empty(shape).uniform_(-1, 1) * CONV_WIDTH ** -0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -745,12 +773,20 @@ class KNNAttention(Attention):
 # ----------------------------------------------------------------------------------------------------------------------
 # ttt: TTT-Linear (Sun et al. 2024)
 
+class TTTLayerState(NamedTuple):
+    """The convolutions' last inputs, and the inner model."""
+    tail: Tensor | None    # (B,CONV_WIDTH-1,C), None in the transformer backbone
+    inner: TTTState
+
+
 class TTT(nn.Module):
     """The state is the weights of a small linear model, trained by gradient descent while it reads.
     The recurrence is `ttt_linear` in memories.py, its slow form the loop there.
 
-    Sun et al. 2024, section 2; https://github.com/test-time-training/ttt-lm-pytorch, ttt.py, with
-    the projections of its transformer backbone (no convolution, no output gate).
+    Sun et al. 2024, section 2; https://github.com/test-time-training/ttt-lm-pytorch, ttt.py. The
+    paper has two layers around the inner model (its section 2.7), and the one whose results it calls
+    TTT-Linear is `mamba`: queries and keys are two convolutions of one projection, and the output
+    is gated. In `transformer` each has a projection of its own, and there is no gate.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -758,8 +794,17 @@ class TTT(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.K = config.ttt_chunk
-        self.q = nn.Linear(C, C, bias=config.bias)
-        self.k = nn.Linear(C, C, bias=config.bias)
+        self.is_mamba = config.ttt_backbone == "mamba"
+        if self.is_mamba:
+            self.qk = nn.Linear(C, C, bias=config.bias)
+            self.output_gate = nn.Linear(C, C, bias=config.bias)
+            self.conv_q = nn.Parameter(conv_start(C, 1, CONV_WIDTH))
+            self.conv_k = nn.Parameter(conv_start(C, 1, CONV_WIDTH))
+            self.conv_q_bias = nn.Parameter(conv_start(C))
+            self.conv_k_bias = nn.Parameter(conv_start(C))
+        else:
+            self.q = nn.Linear(C, C, bias=config.bias)
+            self.k = nn.Linear(C, C, bias=config.bias)
         self.v = nn.Linear(C, C, bias=config.bias)
         self.lr = nn.Linear(C, H)                                       # w_h, c_h
         self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i, what s_i differs from 1/i by
@@ -767,22 +812,24 @@ class TTT(nn.Module):
         self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
         self.ln_bias = nn.Parameter(torch.zeros(H * self.D))
-        self.post_norm = nn.LayerNorm(C)
+        self.post_norm = nn.LayerNorm(C, eps=1e-6)
         self.out = nn.Linear(C, C, bias=config.bias)
         self.value_gate = value_gate(config, layer, H)
         self.theta = config.rope_theta
 
-    def forward(self, x, state: TTTState | None = None, ve=None):
+    def forward(self, x, state: TTTLayerState | None = None, ve=None):
         """x (B,T,C) -> y (B,T,C), the inner model as it is now."""
-        q = split_heads(self.q(x), self.D)                              # (B,H,T,D)
-        k = split_heads(self.k(x), self.D)
+        tail, inner = (None, None) if state is None else state
+        q, k, tail = self.queries_and_keys(x, tail)                     # (B,T,C)
+        q = split_heads(q, self.D)                                      # (B,H,T,D)
+        k = split_heads(k, self.D)
         v = split_heads(self.v(x), self.D)
         if self.value_gate is not None:
             v = self.value_gate(v, x, ve)
 
         # Queries and keys turn by the position within the mini-batch: beyond it the inner model
         # knows no order.
-        seen = 0 if state is None else int(state.pos)
+        seen = 0 if inner is None else int(inner.pos)
         positions = torch.arange(seen, seen + x.size(1), device=x.device) % self.K
         q = rotary(q, positions, self.theta)
         k = rotary(k, positions, self.theta)
@@ -800,21 +847,31 @@ class TTT(nn.Module):
         ln_weight = self.ln_weight.view(-1, self.D)
         ln_bias = self.ln_bias.view(-1, self.D)
         with full_precision(x):
-            o, state = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, token_scale,
-                                  W, b, ln_weight, ln_bias, state)  # o (B,T,H,D)
-        return self.out(self.post_norm(o.flatten(2))), state
+            o, inner = ttt_linear(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr, token_scale,
+                                  W, b, ln_weight, ln_bias, inner)  # o (B,T,H,D)
+        y = self.post_norm(o.flatten(2))
+        if self.is_mamba:
+            y = F.gelu(self.output_gate(x), approximate="tanh") * y
+        return self.out(y), TTTLayerState(tail, inner)
+
+    def queries_and_keys(self, x, tail):
+        """x (B,T,C), the convolutions' last inputs -> q, k (B,T,C), the new last inputs."""
+        if not self.is_mamba:
+            return self.q(x), self.k(x), None
+        u = self.qk(x)
+        q, new_tail = causal_conv(u, self.conv_q, tail)
+        k, _ = causal_conv(u, self.conv_k, tail)
+        return q + self.conv_q_bias.to(q.dtype), k + self.conv_k_bias.to(k.dtype), new_tail
 
     def flops(self, T):
-        """W's gradient, its use, and what is shared within a mini-batch."""
+        """W's gradient, its use, and what is shared within a mini-batch; the convolutions."""
         H = self.W.size(0) // self.D
-        return H * (6 * self.D * self.D + 4 * self.K * self.D)
+        convolutions = 4 * self.conv_q.numel() if self.is_mamba else 0
+        return H * (6 * self.D * self.D + 4 * self.K * self.D) + convolutions
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # deltanet: Gated DeltaNet (Yang et al. 2025)
-
-CONV_WIDTH = 4      # tokens that the convolution before q, k and v sees, as published
-
 
 class DeltaNetState(NamedTuple):
     """The convolution's last inputs, and the fast weights."""
@@ -845,7 +902,7 @@ class DeltaNet(nn.Module):
 
         # q, k and v share one depthwise convolution: a filter a channel, without bias.
         channels = 2 * C + H * self.Dv
-        self.conv = nn.Parameter(torch.empty(channels, 1, CONV_WIDTH).uniform_(-1, 1) * CONV_WIDTH ** -0.5)
+        self.conv = nn.Parameter(conv_start(channels, 1, CONV_WIDTH))
 
         # How fast S forgets: the rate A ~ U(0,16), and a time step dt, log-uniform from 0.001 to
         # 0.1.
@@ -861,7 +918,8 @@ class DeltaNet(nn.Module):
         """x (B,T,C) -> y (B,T,C), the new state."""
         tail, S = (None, None) if state is None else state
         projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)  # (B,T,channels)
-        convolved, tail = self.convolve(projected, tail)
+        convolved, tail = causal_conv(projected, self.conv, tail)
+        convolved = F.silu(convolved)
         C = x.size(2)
         q, k, v = convolved.split([C, C, convolved.size(2) - 2 * C], -1)
         q = q.unflatten(-1, (-1, self.D))                                               # (B,T,H,D)
@@ -880,20 +938,6 @@ class DeltaNet(nn.Module):
         # RMSNorm per head, then a gate per channel.
         o = F.rms_norm(o, (self.Dv,), self.norm_weight.to(o.dtype), eps=1e-6).flatten(2)
         return self.out(o * F.silu(self.output_gate(x))), DeltaNetState(tail, S)
-
-    def convolve(self, u, tail):
-        """A causal depthwise convolution and SiLU: u (B,T,channels) and the inputs before it -> the
-        same, new tail."""
-        B, T, channels = u.shape
-        if tail is None:
-            tail = u.new_zeros(B, CONV_WIDTH - 1, channels)
-        u = torch.cat([tail, u], 1)
-        # Shifted multiply-adds: as fast as a grouped convolution on the CPU, and one fused pass
-        # under torch.compile.
-        y = 0
-        for w in range(CONV_WIDTH):
-            y = y + self.conv[:, 0, w].to(u.dtype) * u[:, w:w + T]
-        return F.silu(y), u[:, T:]
 
     def flops(self, T):
         """The rule's chunked form and the convolution."""
@@ -1252,16 +1296,40 @@ class MLP(nn.Module):
         return 0
 
 
+class TokenShift(nn.Module):
+    """x_t + Σ_i w_i ⊙ norm(x)_{t-i}, i = 0 … 3, a weight w_i per channel; it starts as x.
+
+    It gives every mixer what deltanet's and ttt's convolutions and mosaic's peek give these alone:
+    a cheap look at the tokens just before. (Canon layers, Allen-Zhu 2025, and TTT's `pre_conv`.)
+    """
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm = Norm(config)
+        self.mixture = nn.Parameter(torch.zeros(config.n_embd, 1, CONV_WIDTH))
+
+    def forward(self, x, tail=None):
+        """x (B,T,C) and the last inputs before it -> x (B,T,C), the new last inputs."""
+        y, tail = causal_conv(self.norm(x), self.mixture, tail)
+        return x + y, tail
+
+    def flops(self, T):
+        """Its multiply-adds."""
+        return 2 * self.mixture.numel()
+
+
 class BlockState(NamedTuple):
-    """The states of a block's two halves."""
+    """The states of a block's parts."""
     mixer: tuple
     feedforward: Tensor | None
+    shift: Tensor | None  # (B,CONV_WIDTH-1,C) the token shift's last inputs
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + feedforward(norm(x))."""
+    """Pre-norm residual block: x + mixer(norm(x)), then x + feedforward(norm(x)). With token_shift a
+    TokenShift stands before it."""
     def __init__(self, config: Config, mixer: nn.Module, feedforward: nn.Module):
         super().__init__()
+        self.shift = TokenShift(config) if config.token_shift else None
         self.norm1 = Norm(config)
         self.mixer = mixer
         self.norm2 = Norm(config)
@@ -1269,13 +1337,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
-        """x (B,T,C) -> x (B,T,C), the new states of both halves."""
-        mixer_state, feedforward_state = (None, None) if state is None else state
+        """x (B,T,C) -> x (B,T,C), the new states of its parts."""
+        mixer_state, feedforward_state, shift_tail = (None, None, None) if state is None else state
+        if self.shift is not None:
+            x, shift_tail = self.shift(x, shift_tail)
         y, mixer_state = self.mixer(self.norm1(x), mixer_state, ve)
         x = x + self.dropout(y)
         y, feedforward_state = self.feedforward(self.norm2(x), feedforward_state)
         x = x + self.dropout(y)
-        return x, BlockState(mixer_state, feedforward_state)
+        return x, BlockState(mixer_state, feedforward_state, shift_tail)
 
 
 class StackState(NamedTuple):
@@ -1337,6 +1407,8 @@ class Stack(nn.Module):
                 total += 2 * module.weight.numel()
         for block in self.blocks:
             total += block.mixer.flops(T) + block.feedforward.flops(T)
+            if block.shift is not None:
+                total += block.shift.flops(T)
         return total
 
 
