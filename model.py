@@ -1169,8 +1169,8 @@ class GatedKey(MosaicKey):
 class AdaptiveMemory(ContextualMemory):
     """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^α + β_0: the more pairs, the sharper   (eq. 6).
 
-    They are the last `window` pairs up to t - m. Training draws m from lags = (least, largest) for
-    every batch; evaluation takes the least.
+    They are the last `window` pairs up to t - m. In training every pass draws an m of its own from
+    lags = (least, largest), in every layer; evaluation takes the least.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
