@@ -1248,8 +1248,12 @@ class ShortAndLongMemory(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         h = config.mosaic2_short or max(config.max_seq_len // 16, 2)
-        settings = [dict(window=h - 1), dict(lags=(max(h // 4, 1), h))] if config.mosaic2_long else [{}]
-        self.memories = nn.ModuleList(AdaptiveMemory(config, layer, **options) for options in settings)
+        if config.mosaic2_long:
+            short_term = AdaptiveMemory(config, layer, window=h - 1)
+            long_term = AdaptiveMemory(config, layer, lags=(max(h // 4, 1), h))
+            self.memories = nn.ModuleList([short_term, long_term])
+        else:
+            self.memories = nn.ModuleList([AdaptiveMemory(config, layer)])
 
     def forward(self, x, state=None, ve=None):
         """x (B,T,C) -> y (B,T,C), the states of the memories."""
