@@ -71,7 +71,7 @@ COSTS = {
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
 # A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
-OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
+OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "mosaic2", "deltanet"}
 
 
 class UserError(Exception):
@@ -88,7 +88,7 @@ WINDOWED = ("floor", "local")  # the baseline from below, by preference
 # The usual pattern of attention layers (S: short window, L: all of the past). Names leave it out.
 USUAL_WINDOW = "SSSL"
 # These memories replace a layer's attention or have their own window, so they don't follow the pattern.
-NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic"}
+NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic", "mosaic2"}
 # Okabe and Ito's colours: colour-blind readers can tell them apart. Markers do the same in grey.
 LOOKS = {
     "floor": dict(color="#000000", marker="d"),
@@ -102,6 +102,7 @@ LOOKS = {
     "deltanet": dict(color="#CC79A7", marker="P"),
     "knn": dict(color="#E69F00", marker="X"),
     "mosaic": dict(color="#56B4E9", marker="p"),
+    "mosaic2": dict(color="#332288", marker=">"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
 # Curves of one colour are told apart by their lines, in this order.
@@ -121,6 +122,7 @@ CONDITIONS = {
     "deltanet": "in place of attention a matrix per head, which is written and erased by the gated delta rule",
     "knn": "attention to a short window, and to the nearest keys in a store of what has left the window",
     "mosaic": "contextual associative memories in place of attention, persistent ones in place of the MLP",
+    "mosaic2": "short- and long-term contextual memories in place of attention, with gated keys and an adaptive kernel",
 }
 
 
