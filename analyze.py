@@ -98,6 +98,8 @@ LOOKS = {
     "mosaic": dict(color="#56B4E9", marker="p"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
+# Curves of one colour are told apart by their lines, in this order.
+LINES = ("solid", "dashed", "dashdot", "dotted")
 # What the names mean, for the reader of a report.
 CONDITIONS = {
     "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
@@ -161,6 +163,16 @@ def base_name(name: str) -> str:
 def look(name: str) -> dict:
     """Colour and marker of a condition, as matplotlib's plot takes them: the same in every figure."""
     return dict(LOOKS.get(base_name(name), OTHER_LOOK))
+
+
+def distinct_looks(names: list[str]) -> list[dict]:
+    """The look of each name, and a line style: names that stand here several times have a different one each time."""
+    drawn = Counter()
+    looks = []
+    for name in names:
+        looks.append(dict(look(name), linestyle=LINES[drawn[name] % len(LINES)]))
+        drawn[name] += 1
+    return looks
 
 
 def cell_text(cell) -> str:

@@ -2542,7 +2542,7 @@ def test_toys_metrics_on_a_case_worked_by_hand():
     probs[0, 2], probs[0, 3] = 0.75, 0.25         # legal; TVD ½(½ + ¼ + ¼) = ½
     probs[1, 5] = 1.0                             # not asked
     probs[2, 0], probs[2, 1] = 0.75, 0.25         # illegal; TVD ¾
-    s = toys.score(probs, truth, torch.tensor([0, -1, 1]))
+    s = toys.symbol_scores(probs, truth, torch.tensor([0, -1, 1]))
     assert s == dict(count=2, accuracy=1, tvd=1.25, accuracy_last=0.0, tvd_last=0.75)
     other = dict(count=1, accuracy=1, tvd=0.1, accuracy_last=1.0, tvd_last=0.1)
     assert toys.total([s, other]) == dict(accuracy=2 / 3, tvd=1.35 / 3, accuracy_last=0.5, tvd_last=(0.75 + 0.1) / 2)

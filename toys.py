@@ -26,14 +26,14 @@ More commands
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
     distance     tokens from an answer's place back to what it closes, copies or looks up
-    setting      the runs that differ in nothing but their seed
+    variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on
     rng          a generator of random numbers; whatever is drawn from one is a function of its seed alone
 
 Reading order
     settings              the options of each toy
-    reports               runs of one setting together, curves, figures
+    reports               runs of one variant together, curves, figures
     moons                 the network, the orbits, the 25-step evaluation
     brackets … recall     the four generators, accuracy by length and by distance
     regbench              automata, instances, metrics, in-context n-grams, the published numbers
@@ -89,7 +89,7 @@ class Toy(FitConfig):
         return Path(self.out_dir, self.toy, self.name)
 
     def usual(self):
-        """The configuration whose settings go without saying in a run's name."""
+        """The configuration whose settings go without saying in a run's name: all but its beginning are defaults."""
         return type(self)(**self.name_begins())
 
     def identity(self) -> dict:
@@ -121,7 +121,8 @@ class Moons(Toy):
     beta: float = option(50.0, "inverse temperature of the memories", "toy")
     sharpen: float = option(-1.0, "keys end e^sharpen times as long, so the kernel narrows; -1 = 1.2, one head 2",
                             "toy", low=-1)
-    skip: int = option(-1, "observations without loss after 30% of the steps; -1 = 100, one head 128", "toy", low=-1)
+    skip: int = option(-1, "predictions at a sequence's start that cost nothing, from 30% of the steps on; -1 = 100, "
+                       "one head 128", "toy", low=-1)
     sequences: int = option(512, "validation sequences", "toy", low=1)
     optimizer: str = option("adamw", "adamw alone, because the matrices are complex and Muon has no such form",
                             "optimisation", ("adamw",))
@@ -162,7 +163,7 @@ class Length(Toy):
     model: str = option("local", "local (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), or a memory", "toy")
     T: int = option(64, "training length; tests are 1, 2, 4 and 8 times as long", "toy", low=32)
-    window: int = option(16, "of local, persistent and knn; segment of rmt", "toy", low=1)
+    window: int = option(16, "tokens in the window of local, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
@@ -184,6 +185,7 @@ class Length(Toy):
     def architecture(self) -> Config:
         """The network to train."""
         _, vocabulary = TASKS[self.task]
+        # The Config's `window` is a pattern of layers, S or L. The toy's `window` is how many tokens an S sees.
         settings = dict(n_layer=self.n_layer, n_embd=self.n_embd, n_head=self.n_head, pos=self.pos, window="L",
                         max_seq_len=self.T, vocab_size=vocabulary, short_window=self.window, rmt_segment=self.window)
         settings.update(LENGTH_MODELS[self.model])
@@ -253,10 +255,10 @@ LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reports: runs of one setting together, curves, figures
+# Reports: runs of one variant together, curves, figures
 
 @dataclass
-class Setting:
+class Variant:
     """The runs that differ in nothing but their seed."""
     cfg: Toy          # the configuration of the first of them
     name: str         # what tables and figures call them: "deltanet", "3 heads, lr=0.01"
@@ -269,10 +271,10 @@ def config_of(kind: type, result: dict) -> Toy:
     return kind(**{name: value for name, value in result["config"].items() if name in known})
 
 
-def grouped(kind: type, results: list[dict]) -> tuple[list[Setting], str]:
-    """The settings, in the order given, and a text about the changes that all settings share.
+def grouped(kind: type, results: list[dict]) -> tuple[list[Variant], str]:
+    """The variants, in the order given, and a text about the changes that all variants share.
 
-    A shared change is not part of the settings' names, so that it is said only once.
+    A shared change is not part of the variants' names, so that it is said only once.
     """
     configs = [config_of(kind, result) for result in results]
     changed = [changes(cfg) for cfg in configs]
@@ -283,7 +285,7 @@ def grouped(kind: type, results: list[dict]) -> tuple[list[Setting], str]:
         own = [change for change in all_changes if change not in shared]
         key = (*cfg.name_begins().values(), *own)
         if key not in found:
-            found[key] = Setting(cfg, ", ".join([cfg.title, *own]), [])
+            found[key] = Variant(cfg, ", ".join([cfg.title, *own]), [])
         found[key].runs.append(result)
     said = f" (all with {', '.join(shared)})" if shared else ""
     return list(found.values()), said
@@ -292,14 +294,15 @@ def grouped(kind: type, results: list[dict]) -> tuple[list[Setting], str]:
 def average(runs: list[dict], *path: str) -> float:
     """The mean over seeds of a number in the results, such as average(runs, "ood", "tvd")."""
     values = []
-    for value in runs:
+    for run in runs:
+        value = run
         for key in path:
             value = value[key]
         values.append(value)
     return mean(values)
 
 
-def draw_curve(ax, x: list, values: list, name: str, look: dict) -> None:
+def draw_with_range(ax, x: list, values: list, name: str, look: dict) -> None:
     """The mean over seeds, and their range as a band; values holds the seeds' numbers at each x."""
     low = [min(v) for v in values]
     high = [max(v) for v in values]
@@ -371,8 +374,12 @@ class MoonsNet(nn.Module):
         keys = self.heads(x @ phi.T) * sharpening[0].exp()           # k_t
         values = self.heads(x[:, 1:] @ psi.T)                        # v_t, which peeks at x_{t+1}
 
-        # Query t = 1, 2, … sees the pairs i < t. On shifted tensors that is plain causal attention.
-        y = attend(keys[:, :, 1:-1], keys[:, :, :-2], values[:, :, :-1], scale=self.cfg.beta)
+        # Query t sees the pairs i < t. Numbered from the second on, query t stands beside the pair t - 1, so that this
+        # is plain causal attention. (Of the last observation there is neither a value nor a prediction to judge.)
+        queries = keys[:, :, 1:-1]                                   # k_t, from the second on
+        stored_keys = keys[:, :, :-2]                                # k_{t-1}
+        stored_values = values[:, :, :-1]                            # v_{t-1}
+        y = attend(queries, stored_keys, stored_values, scale=self.cfg.beta)
         wrong = torch.view_as_real(x[:, 2:] - self.predict(y))       # (B,T-2,3,2)
         cost = wrong.square().mean((2, 3)).clamp(max=LOSS_CLIP)      # (B,T-2)
         return cost[:, int(skipped[0]):].mean()
@@ -413,8 +420,8 @@ def same_ratios(periods) -> bool:
 
 @lru_cache
 def short_systems() -> list[tuple]:
-    """Triples of whole periods for one head. Before the lcm of the periods it can predict nothing, so that only systems
-    whose lcm fits twice into T = 256 teach it anything."""
+    """Triples of whole periods for one head. It can predict nothing before their lcm, so only systems whose lcm fits
+    twice into T = 256 teach it anything."""
     found = []
     for lcm in range(40, 127):
         divisors = [d for d in range(4, lcm) if lcm % d == 0]
@@ -445,8 +452,8 @@ def orbits(rng: np.random.Generator, periods: np.ndarray, T: int) -> Tensor:
 
 
 def moons_batch(step: int, cfg: Moons) -> tuple[Tensor, Tensor, Tensor]:
-    """Observations, and this step's sharpening and skipped observations, which stand in every row because fit splits a
-    batch by its rows."""
+    """Observations (B,T,3), and this step's sharpening and skipped predictions: (B,) each, the same in every row, since
+    fit splits a batch by its rows."""
     rng = np.random.default_rng([cfg.seed, step])
     periods = np.stack([draw_periods(rng, cfg) for _ in range(cfg.batch_size)])
     x = orbits(rng, periods, cfg.T)
@@ -464,12 +471,12 @@ def disentangled(phi: Tensor, psi: Tensor, z: Tensor) -> tuple[bool, float]:
     A head's row of W_φ makes its keys, its row of W_ψ its values, and its column of W_z the output. In all three the
     same moon must have 95% of |W|², and no two heads may own the same one.
     """
-    power = torch.stack([phi.abs() ** 2, psi.abs() ** 2, z.abs().T ** 2])        # (3,heads,moons)
+    power = torch.stack([phi.abs() ** 2, psi.abs() ** 2, z.abs().T ** 2])        # (3 matrices,heads,moons)
     shares = power / power.sum(-1, keepdim=True)
-    share, moon = shares.max(-1)                                                 # (3,heads)
+    largest, moon = shares.max(-1)                                               # (3,heads): which moon is owned
     same_everywhere = bool((moon == moon[0]).all())
     all_differ = len(set(moon[0].tolist())) == 3
-    smallest = share.min().item()
+    smallest = largest.min().item()
     return same_everywhere and all_differ and smallest >= 0.95, smallest
 
 
@@ -483,7 +490,15 @@ def stairs_of(contexts: list[int], error: list[float], periods: list[float]) -> 
 
 
 def moons_job(cfg: Moons) -> dict:
-    """Trains one network and measures it by the paper's protocol."""
+    """Trains one network and measures it by the paper's protocol.
+
+        contexts, error        numbers of observations, and the error of the HORIZON predictions that follow them
+        periods, stairs        the moons' periods and their lcm, and the mean error before, between and after these
+        matrices               W_φ, W_ψ, W_z (3,3,2): real and imaginary parts
+        disentangled           does each head own one moon, and (smallest_share) how much of it? See `disentangled`.
+        converged              is the error below 0.05 once the network has seen what it needs?
+        final_loss, train_cpu_seconds
+    """
     net = MoonsNet(cfg)
     start = time.process_time()
     history = fit(net, lambda step: moons_batch(step, cfg), cfg)
@@ -502,8 +517,8 @@ def moons_job(cfg: Moons) -> dict:
 
     # Three heads should be accurate once they have seen the slowest moon, one head once all has been seen.
     accurate_from = 3 if cfg.heads == 3 else 4
-    apart, share = disentangled(*net.matrices())
-    return dict(contexts=contexts, error=error, periods=periods, stairs=stairs, smallest_share=share,
+    apart, smallest_share = disentangled(*net.matrices())
+    return dict(contexts=contexts, error=error, periods=periods, stairs=stairs, smallest_share=smallest_share,
                 disentangled=apart and cfg.heads == 3, converged=stairs[accurate_from] < 0.05,
                 matrices=[torch.view_as_real(m).tolist() for m in net.matrices()], final_loss=history[-1]["loss"],
                 train_cpu_seconds=train_seconds)
@@ -518,15 +533,15 @@ def report_moons(results: list[dict], out: Path) -> list[list[str]]:
     """Prints the table and draws the figures -> rows for the last table: experiment, what the paper says, what was
     seen."""
     import analyze
-    settings, shared = grouped(Moons, results)
+    variants, shared = grouped(Moons, results)
     rows = []
     seen = []
-    for setting in settings:
-        runs = setting.runs
+    for variant in variants:
+        runs = variant.runs
         stairs = [median(run["stairs"][i] for run in runs) for i in range(5)]
         converged = f"{sum(run['converged'] for run in runs)}/{len(runs)}"
         apart = f"{sum(run['disentangled'] for run in runs)}/{len(runs)}"
-        if setting.cfg.heads == 3:
+        if variant.cfg.heads == 3:
             said = "error drops as each moon's period ends, small after the slowest"
             first_three = " ".join(f"{s:.2f}" for s in stairs[:3])
             here = f"{first_three} then {stairs[3]:.3f}; disentangled {apart}"
@@ -534,28 +549,28 @@ def report_moons(results: list[dict], out: Path) -> list[list[str]]:
             said = "accurate only after the least common multiple"
             here = f"{stairs[3]:.2f} before, {stairs[4]:.3f} after"
             apart = None
-        seen.append([f"moons, {setting.name}", said, here])
+        seen.append([f"moons, {variant.name}", said, here])
         slowest = max(run["cpu_seconds"] for run in runs)
-        rows.append([setting.name, *(f"{s:.3f}" for s in stairs), converged, apart, f"{slowest:.0f}"])
+        rows.append([variant.name, *(f"{s:.3f}" for s in stairs), converged, apart, f"{slowest:.0f}"])
 
     say(f"\nThree moons{shared}: mean absolute error of {HORIZON} steps, median over seeds, by the observations in "
         "memory\n")
-    say(analyze.table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled", "cpu s"],
-                      rows))
-    plot_moons(settings, out)
-    with_three = [setting for setting in settings if setting.cfg.heads == 3]
-    if with_three:
-        plot_matrices(with_three[0], out)
+    say(analyze.table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled",
+                       "most cpu s"], rows))
+    plot_moons(variants, out)
+    with_three_heads = [variant for variant in variants if variant.cfg.heads == 3]
+    if with_three_heads:
+        plot_matrices(with_three_heads[0], out)
     return seen
 
 
-def plot_moons(settings: list[Setting], out: Path) -> None:
+def plot_moons(variants: list[Variant], out: Path) -> None:
     """moons.png: every seed's error against the context, the first in bold."""
     import analyze
-    figure, axes = analyze.panels(len(settings), 1, (9, 3.2 * len(settings)), sharex=True, sharey=True)
+    figure, axes = analyze.panels(len(variants), 1, (9, 3.2 * len(variants)), sharex=True, sharey=True)
     colour = analyze.look("mosaic")["color"]  # the network is a small mosaic
-    for ax, setting in zip(axes[:, 0], settings):
-        first, *others = setting.runs
+    for ax, variant in zip(axes[:, 0], variants):
+        first, *others = variant.runs
         for run in others:
             ax.plot(run["contexts"], run["error"], color=colour, lw=0.7, alpha=0.4)
         ax.plot(first["contexts"], first["error"], color=colour, lw=2)
@@ -563,29 +578,30 @@ def plot_moons(settings: list[Setting], out: Path) -> None:
         # Lines where each moon, and then the whole system, has been round once.
         for period in first["periods"]:
             is_lcm = period == first["periods"][-1]
-            ax.axvline(period, color="black", ls="-" if is_lcm else "--", lw=1.2)
+            ax.axvline(period, color="black", linestyle="solid" if is_lcm else "dashed", lw=1.2)
             ax.text(period + 4, 0.75, f"{period:.0f}", transform=ax.get_xaxis_transform())
-        ax.set(ylim=(0, None), xlim=(0, LONG - HORIZON), title=setting.name,
+        ax.set(ylim=(0, None), xlim=(0, LONG - HORIZON), title=variant.name,
                ylabel=f"mean absolute deviation\nof the next {HORIZON} steps")
     axes[-1, 0].set_xlabel("observations in memory (dashed: each moon's period; solid: their least common multiple)")
     save_figure(figure, out / "moons.png")
 
 
-def plot_matrices(setting: Setting, out: Path) -> None:
+def plot_matrices(variant: Variant, out: Path) -> None:
     """moons-matrices.png: the sizes of the weights of one network with three heads."""
     import analyze
-    run = setting.runs[0]
+    run = variant.runs[0]
     figure, axes = analyze.panels(1, 3, (8.5, 3.4))
-    figure.suptitle(f"{setting.name}, seed {run['seed']}")
+    figure.suptitle(f"{variant.name}, seed {run['seed']}")
     titles = ("$W_φ$ keys", "$W_ψ$ values", "$W_z$ output")
     for ax, matrix, title in zip(axes[0], run["matrices"], titles):
         real, imaginary = np.moveaxis(np.array(matrix), -1, 0)
         size = np.hypot(real, imaginary)
-        image = ax.imshow(size / size.max(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, 3.5, 3.5, 0.5))
+        ax.imshow(size / size.max(), cmap="cividis", vmin=0, vmax=1, extent=(0.5, 3.5, 3.5, 0.5))
         ax.set(title=title, xlabel="moon", ylabel="head", xticks=(1, 2, 3), yticks=(1, 2, 3))
         ax.grid(False)
     axes[0, 2].set(xlabel="head", ylabel="moon")
-    figure.colorbar(image, ax=axes, label="|weight|, the largest = 1")
+    # All three have the colours of the first.
+    figure.colorbar(axes[0, 0].images[0], ax=axes, label="|weight|, the largest = 1")
     save_figure(figure, out / "moons-matrices.png")
 
 
@@ -643,7 +659,7 @@ def copy(rng: random.Random, T: int) -> tuple[list, list, list]:
         gap = rng.randint(0, T - len(word) - 17)
         string = [rng.randint(2, 17) for _ in range(8)]
         word = string + [0] * gap + [1] + string + word
-        # The last 9 of these positions, without the very last, ask for the string.
+        # The next symbol of the string is asked for at |, and at all of the repeated symbols but the last.
         y = [-1] * (8 + gap) + string + [-1] + y
         distance = [0] * (8 + gap) + [gap + 9] * 8 + [0] + distance
 
@@ -720,13 +736,13 @@ def length_batch(task: str, rows: int, T: int, seed: int, number: int) -> tuple[
     return torch.tensor(x), torch.tensor(y), torch.tensor(distance)
 
 
-def share(right: Tensor, asked: Tensor) -> float:
+def share_right(right: Tensor, asked: Tensor) -> float:
     """Of what is asked, how much is right; 0 where nothing is asked."""
     return (right & asked).sum().item() / max(1, asked.sum().item())
 
 
 def length_job(cfg: Length) -> dict:
-    """Trains one model and measures it."""
+    """Trains one model -> what `measure_length` measures, `parameters` (their number) and `train_cpu_seconds`."""
     model = GPT(cfg.architecture())
     start = time.process_time()
 
@@ -742,35 +758,58 @@ def length_job(cfg: Length) -> dict:
     return measurements
 
 
+class Answers(NamedTuple):
+    """What a model answers on test sequences of one length T: (rows,T) each."""
+    right: Tensor     # bool: is the likeliest token the answer?
+    asked: Tensor     # bool: is anything asked here?
+    distance: Tensor  # int64, see the glossary
+    state_bytes: int  # what the model keeps of one of the sequences
+
+
+def answers(model: GPT, cfg: Length, T: int) -> Answers:
+    """The model's answers on the test sequences of length T."""
+    device = pick_device(cfg)
+    x, y, distance = length_batch(cfg.task, cfg.test_rows, T, 0, 0)
+    guesses = []
+    for rows in x.split(32):
+        logits, _ = model.stream(rows.to(device))
+        guesses.append(logits.argmax(-1).cpu())
+    _, state = model.stream(x[:1].to(device))
+    return Answers(torch.cat(guesses) == y, y >= 0, distance, state_bytes(state))
+
+
 @torch.no_grad()
 def measure_length(model: GPT, cfg: Length) -> dict:
-    """Accuracy in the last T tokens of sequences of 1, 2, 4 and 8 T; at 8 T, accuracy by the answer's distance."""
-    device = pick_device(cfg)
+    """How well a trained model answers.
+
+        lengths, accuracy, state_bytes    1, 2, 4 and 8 T; at each of these the share of right answers in the last T
+                                          tokens, and the bytes of the state
+        by_distance                       at 8 T, for each bin of distances: its ends, how many answers were asked for,
+                                          their accuracy
+        far_accuracy                      at 8 T, of answers two windows back or more; None if there are none
+    """
     lengths = [cfg.T * k for k in (1, 2, 4, 8)]
+    found = [answers(model, cfg, T) for T in lengths]
     accuracy = []
-    states = []
-    for T in lengths:
-        x, y, distance = length_batch(cfg.task, cfg.test_rows, T, 0, 0)
-        guesses = [model.stream(rows.to(device))[0].argmax(-1).cpu() for rows in x.split(32)]
-        right = torch.cat(guesses) == y
-        asked = y >= 0
+    for T, (right, asked, _, _) in zip(lengths, found):
         at_the_end = torch.arange(T) >= T - cfg.T
-        accuracy.append(share(right, asked & at_the_end))
-        _, state = model.stream(x[:1].to(device))
-        states.append(state_bytes(state))
+        accuracy.append(share_right(right, asked & at_the_end))
 
     # The rest is measured on the longest sequences. The first bin holds distances 1 to 15, and then each bin doubles.
+    right, asked, distance, _ = found[-1]
     by_distance = []
     low = 1
     high = 16
     while low < lengths[-1]:
         in_bin = asked & (distance >= low) & (distance < high)
-        by_distance.append(dict(distance=[low, high - 1], asked=in_bin.sum().item(), accuracy=share(right, in_bin)))
+        by_distance.append(dict(distance=[low, high - 1], asked=in_bin.sum().item(),
+                                accuracy=share_right(right, in_bin)))
         low = high
         high = 2 * high
     far = asked & (distance >= 2 * cfg.window)
-    return dict(lengths=lengths, accuracy=accuracy, by_distance=by_distance, state_bytes=states,
-                far_accuracy=share(right, far) if far.any() else None)
+    return dict(lengths=lengths, accuracy=accuracy, by_distance=by_distance,
+                state_bytes=[at_length.state_bytes for at_length in found],
+                far_accuracy=share_right(right, far) if far.any() else None)
 
 
 def length_headline(result: dict) -> str:
@@ -791,61 +830,54 @@ def report_length(results: list[dict], out: Path) -> list[list[str]]:
 def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     """The table and the figure of one task -> its row for the last table."""
     import analyze
-    settings, shared = grouped(Length, results)
-    lengths = sorted({setting.cfg.T for setting in settings})
+    variants, shared = grouped(Length, results)
+    lengths = sorted({variant.cfg.T for variant in variants})
     trained = ", ".join(map(str, lengths))
     rows = []
     here = []
-    for setting in settings:
-        runs = setting.runs
+    for variant in variants:
+        runs = variant.runs
         accuracy = [f"{mean(seeds):.3f}" for seeds in zip(*(run["accuracy"] for run in runs))]
         has_far = runs[0]["far_accuracy"] is not None
         far = f"{average(runs, 'far_accuracy'):.3f}" if has_far else None
         parameters = f"{runs[0]['parameters']:,}"
         states = runs[0]["state_bytes"]
-        rows.append([setting.name, *accuracy, far, len(runs), parameters, f"{states[0]:,}", f"{states[-1]:,}",
+        rows.append([variant.name, *accuracy, far, len(runs), parameters, f"{states[0]:,}", f"{states[-1]:,}",
                      f"{average(runs, 'cpu_seconds'):.0f}"])
-        here.append(f"{setting.name} {accuracy[-1]}")
+        here.append(f"{variant.name} {accuracy[-1]}")
 
     say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = at 8T, "
         "answers two windows back or more\n")
     say(analyze.table(["model", "at T", "at 2T", "at 4T", "at 8T", "far", "seeds", "parameters", "state at T",
-                       "state at 8T", "cpu s"], rows))
-    plot_length(task, trained, settings, out)
+                       "state at 8T", "mean cpu s"], rows))
+    plot_length(task, trained, variants, out)
     return [f"{task}, at 8T", "a memory keeps its accuracy, attention loses it sooner", "; ".join(here)]
 
 
-LINES = ("-", "--", "-.", ":")  # settings of one model have its colour and marker, and each a line of its own
-
-
-def plot_length(task: str, trained: str, settings: list[Setting], out: Path) -> None:
+def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
     """task.png: accuracy against the length of the sequence, and against the distance of the answer."""
     import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.2), sharey=True)
     left, right = axes[0]
-    drawn = []  # the models so far
-    for setting in settings:
-        model = setting.cfg.model
-        look = dict(analyze.look(model), ls=LINES[drawn.count(model) % len(LINES)])
-        drawn.append(model)
-
-        by_length = list(zip(*(run["accuracy"] for run in setting.runs)))
-        draw_curve(left, setting.runs[0]["lengths"], by_length, setting.name, look)
+    looks = analyze.distinct_looks([variant.cfg.model for variant in variants])
+    for variant, look in zip(variants, looks):
+        by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
+        draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
 
         # A bin is drawn at its middle (on the logarithmic axis); one with few answers would be noise.
         middle = []
         by_distance = []
-        for seeds in zip(*(run["by_distance"] for run in setting.runs)):
+        for seeds in zip(*(run["by_distance"] for run in variant.runs)):
             if seeds[0]["asked"] >= 20:
                 low, high = seeds[0]["distance"]
                 middle.append(math.sqrt(low * high))
                 by_distance.append([seed["accuracy"] for seed in seeds])
-        draw_curve(right, middle, by_distance, setting.name, look)
+        draw_with_range(right, middle, by_distance, variant.name, look)
 
     left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
              ylim=(-0.02, 1.02), title=f"{task}: last {trained} tokens")
     right.set(xscale="log", xlabel="distance of the answer, tokens", title=f"{task}: the longest sequences")
-    lengths = sorted({n for setting in settings for n in setting.runs[0]["lengths"]})
+    lengths = sorted({n for variant in variants for n in variant.runs[0]["lengths"]})
     for ax, ticks in ((left, lengths), (right, [4, 16, 64, 256])):
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
@@ -872,7 +904,7 @@ def minimal(automaton: Automaton) -> Automaton:
     This is Moore's algorithm. All states start in one class, and a class is split until its states go to the same
     classes by the same symbols. (The set of symbols fixes their probabilities.) Unreachable states are left out.
     """
-    # As many rounds as there are states split all there is to split. A class is named after its first state.
+    # After as many rounds as there are states, nothing is left to split. A class is named after its first state.
     classes = [0] * len(automaton)
     for _ in automaton:
         rows = []
@@ -915,7 +947,7 @@ def draw_automaton(rng: random.Random) -> Automaton:
 def draw_automata(seed: int, counts: list[int]) -> list[list[Automaton]]:
     """Lists of that many automata. No language is in two places."""
     rng = random.Random(seed)
-    made = {}
+    made = {}  # the text of an automaton, which is minimal -> the automaton
     while len(made) < sum(counts):
         automaton = draw_automaton(rng)
         made.setdefault(repr(automaton), automaton)
@@ -941,7 +973,8 @@ def instance(rng: random.Random, automaton: Automaton, T: int) -> tuple[list[int
         tokens.append(SEP)
         states.append(-1)
     # No separator follows the last string.
-    return tokens[:-1][:T + 1], states[:-1][:T + 1]
+    end = min(T + 1, len(tokens) - 1)
+    return tokens[:end], states[:end]
 
 
 class Instances:
@@ -964,15 +997,15 @@ class Instances:
         self.y = following.masked_fill(following >= SYMBOLS, -1)
 
     def truth(self, i: int) -> Tensor:
-        """(T,20): the distribution of automaton i over the next token, zeros where y is -1"""
+        """(T,20): automaton i's distribution over the next token at each place of its sequence; zeros where y is -1"""
         table = torch.zeros(len(self.automata[i]) + 1, TOKENS)  # the last row is for state -1
         for state, edges in enumerate(self.automata[i]):
             table[state, list(edges)] = 1 / len(edges)
         return table[self.states[i]]
 
 
-def score(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
-    """One sequence: probs, truth (T,20), y (T,).
+def symbol_scores(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
+    """One sequence: probs, truth (T,20), y (T,) -> count, accuracy, tvd (sums over it), accuracy_last, tvd_last.
 
         accuracy    is the likeliest next token one that the automaton allows in its present state?
         tvd         ½ Σ_a |p(a) - q(a)|, p the automaton's distribution over the next symbol, q the prediction over
@@ -981,7 +1014,7 @@ def score(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
                     11 shows; sums and the count are returned, so that every position of a test set weighs the same
         last        the same at the last symbol of the sequence alone: what the papers say
     """
-    asked = y >= 0
+    asked = y >= 0                                       # (T,)
     likeliest = probs.argmax(1, keepdim=True)
     right = truth.gather(1, likeliest)[:, 0] > 0
     tvd = (probs - truth).abs().sum(1) / 2
@@ -991,7 +1024,7 @@ def score(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
 
 
 def total(scores: list[dict]) -> dict:
-    """The scores of a test set: the sums over all positions by their number, the mean over the last ones."""
+    """The scores of a test set: means over all positions (accuracy, tvd) or sequences (accuracy_last, tvd_last)."""
     n = sum(s["count"] for s in scores)
     return dict(accuracy=sum(s["accuracy"] for s in scores) / n, tvd=sum(s["tvd"] for s in scores) / n,
                 accuracy_last=average(scores, "accuracy_last"), tvd_last=average(scores, "tvd_last"))
@@ -1036,7 +1069,7 @@ def measure_automata(model: GPT, data: Instances, device) -> dict:
         logits, _ = model.stream(data.x[first:first + 16].to(device))
         probs = logits.float().softmax(-1).cpu()
         for i, p in enumerate(probs, first):
-            scores.append(score(p, data.truth(i), data.y[i]))
+            scores.append(symbol_scores(p, data.truth(i), data.y[i]))
     return total(scores)
 
 
@@ -1051,10 +1084,10 @@ def shuffled(cfg: RegBench) -> tuple[Tensor, ...]:
 
 
 def regbench_job(cfg: RegBench) -> dict:
-    """Trains one model and measures it on three test sets.
+    """Trains one model -> `parameters` (their number), and its scores (see `total`) on three test sets.
 
     ood is the test set proper: automata that were never trained on. valid, of yet other automata, chooses between
-    settings. iid are fresh strings of training automata.
+    variants. iid are fresh strings of training automata.
     """
     # One draw for all three, so that no language is in two of them. The test automata are drawn first: they are the
     # same for every number of training automata.
@@ -1087,36 +1120,38 @@ TABLE_4 = {"mosaic": (.959, .417), "transformer": (.856, .308), "Mamba": (.929, 
            "RWKV": (.967, .183), "linear transformer": (.816, .348), "H3": (.794, .425), "GLA": (.870, .284),
            "Hyena": (.953, .244), "LSTM": (.849, .343), "RetNet": (.876, .296)}
 # The transformers look like global attention, which they are; their positions have a line each.
-TRANSFORMER_LINES = {"rope": "-", "learned": "--", "none": "-."}
+TRANSFORMER_LINES = {"rope": "solid", "learned": "dashed", "none": "dashdot"}
 
 
-def best_settings(settings: list[Setting]) -> dict[tuple[str, int], Setting]:
-    """(model, automata) -> of its settings the most accurate one on the validation automata, as in the papers."""
+def best_variants(variants: list[Variant]) -> dict[tuple[str, int], Variant]:
+    """(model, automata) -> of its variants the most accurate one on the validation automata, as in the papers."""
     best = {}
-    for setting in settings:
-        key = (setting.cfg.model, setting.cfg.automata)
+    for variant in variants:
+        key = (variant.cfg.model, variant.cfg.automata)
         before = best.get(key)
-        if before is None or average(setting.runs, "valid", "accuracy") > average(before.runs, "valid", "accuracy"):
-            best[key] = setting
+        if before is None or average(variant.runs, "valid", "accuracy") > average(before.runs, "valid", "accuracy"):
+            best[key] = variant
     return best
 
 
 def ngram_baselines(cfg: RegBench) -> dict[str, dict]:
     """The scores of in-context n-grams on the test automata."""
-    ood, = draw_automata(0, [cfg.test_automata])
+    # These are the test automata of regbench_job, and the same strings.
+    [ood] = draw_automata(0, [cfg.test_automata])
     data = Instances(ood, 1, cfg.T)
     found = {}
     for n, name in enumerate(("uniform", "1-gram", "2-gram", "3-gram")):
-        found[name] = total([score(ngram(x, n), data.truth(i), data.y[i]) for i, x in enumerate(data.x)])
+        scores = [symbol_scores(ngram(x, n), data.truth(i), data.y[i]) for i, x in enumerate(data.x)]
+        found[name] = total(scores)
     return found
 
 
 def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     """Prints the table, draws the figure and keeps the baselines -> rows for the last table."""
     import analyze
-    settings, shared = grouped(RegBench, results)
-    best = best_settings(settings)
-    cfg = settings[0].cfg
+    variants, shared = grouped(RegBench, results)
+    best = best_variants(variants)
+    cfg = variants[0].cfg
     baselines = ngram_baselines(cfg)
     save_json(out / "regbench" / "baselines.json", dict(automata=cfg.test_automata, T=cfg.T, ood=baselines))
 
@@ -1125,14 +1160,15 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     for name, scores in baselines.items():
         numbers = [f"{scores[metric]:.3f}" for metric in METRICS]
         rows.append([name, None, *numbers, None, None, None, None])
-    for (model, automata), setting in best.items():
-        runs = setting.runs
-        published = FIGURE_11.get(REGBENCH_MODELS[model].get("memory", "transformer"), {}).get(automata)
+    for (model, automata), variant in best.items():
+        runs = variant.runs
+        architecture = REGBENCH_MODELS[model].get("memory", "transformer")
+        published = FIGURE_11.get(architecture, {}).get(automata)
         said = f"{published[0]} / {published[1]}" if published else "-"
         ood = [f"{average(runs, 'ood', metric):.3f}" for metric in METRICS]
         iid = f"{average(runs, 'iid', 'accuracy'):.3f} / {average(runs, 'iid', 'tvd'):.3f}"
-        rows.append([setting.name, automata, *ood, said, iid, f"{runs[0]['parameters']:,}", len(runs)])
-        seen.append([f"regbench, {setting.name}, {automata} automata", f"accuracy / TVD on unseen automata: {said}",
+        rows.append([variant.name, automata, *ood, said, iid, f"{runs[0]['parameters']:,}", len(runs)])
+        seen.append([f"regbench, {variant.name}, {automata} automata", f"accuracy / TVD on unseen automata: {said}",
                      f"{ood[0]} / {ood[1]}"])
 
     say(f"\nRegBench{shared}, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last "
@@ -1140,13 +1176,13 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     say(analyze.table(["model", "automata", "acc all", "TVD all", "acc last", "TVD last", "paper, all", "IID acc / TVD",
                        "parameters", "seeds"], rows))
     if any(automata == 100 for _, automata in best):
-        published = ", ".join(f"{name} {accuracy} / {tvd}" for name, (accuracy, tvd) in TABLE_4.items())
-        say(f"Table 4 of the paper, IID acc / TVD at 100 automata: {published}")
+        table_4 = ", ".join(f"{name} {accuracy} / {tvd}" for name, (accuracy, tvd) in TABLE_4.items())
+        say(f"Table 4 of the paper, IID acc / TVD at 100 automata: {table_4}")
     plot_regbench(best, baselines, out)
     return seen
 
 
-def plot_regbench(best: dict[tuple[str, int], Setting], baselines: dict, out: Path) -> None:
+def plot_regbench(best: dict[tuple[str, int], Variant], baselines: dict, out: Path) -> None:
     """regbench.png: accuracy and TVD against the number of training automata. Dotted curves are the paper's."""
     import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.4))
@@ -1155,19 +1191,18 @@ def plot_regbench(best: dict[tuple[str, int], Setting], baselines: dict, out: Pa
         for name, points in FIGURE_11.items():
             colour = analyze.look("global" if name == "transformer" else name)["color"]
             values = [point[METRICS.index(metric)] for point in points.values()]
-            ax.plot(list(points), values, color=colour, ls=":", lw=1.6, label=f"paper: {name}")
+            ax.plot(list(points), values, color=colour, linestyle="dotted", lw=1.6, label=f"paper: {name}")
 
         for name, scores in baselines.items():
-            ax.axhline(scores[metric], color="black", lw=0.8, ls="--", alpha=0.6)
+            ax.axhline(scores[metric], color="black", lw=0.8, linestyle="dashed", alpha=0.6)
             ax.text(1.01, scores[metric], name, transform=ax.get_yaxis_transform(), fontsize=8, va="center")
 
         for model in dict.fromkeys(model for model, _ in best):
-            # A condition's look, or that of global attention for a transformer.
             look = analyze.look("global" if model in TRANSFORMER_LINES else model)
-            look["ls"] = TRANSFORMER_LINES.get(model, "-")
+            look["linestyle"] = TRANSFORMER_LINES.get(model, "solid")
             counts = sorted(automata for other, automata in best if other == model)
             values = [[run["ood"][metric] for run in best[model, count].runs] for count in counts]
-            draw_curve(ax, counts, values, f"here: {model}", look)
+            draw_with_range(ax, counts, values, f"here: {model}", look)
         ax.set(xscale="log", xlabel="training automata (one sequence each)", ylabel=title, ylim=(0, 1.02),
                title="unseen automata")
         ax.set_xticks([100, 1000, 10000], ["100", "1,000", "10,000"])
@@ -1204,18 +1239,20 @@ SHORT = {"moons": [], "recall": ["--model=local,global,deltanet,mosaic"], "regbe
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
     """The flags of one toy -> a configuration for each point of the grid and each seed."""
-    kind, usual = COMMANDS[name]
-    shown = SimpleNamespace(**{f.name: usual.get(f.name, f.default) for f in fields(kind)})
-    set_here = ("task", "seed")  # by the toy's name, and by --seeds
+    kind, begin = COMMANDS[name]
+    # What --help shows as the defaults. It need not be a configuration, since one default may be a list: "1,3".
+    shown = SimpleNamespace(**{f.name: begin.get(f.name, f.default) for f in fields(kind)})
+    set_here = ("task", "seed")  # by the toy's name, and by --seeds: these are no flags
     given, _ = read_flags(kind, argv, usage=f"toys.py {name} [--key=value ...]",
                           description="Commas in a value make a grid.", shown=shown, fixed=set_here)
+    # How runs are executed is the same for all of them.
     for flag, text in given.items():
         if kind.__dataclass_fields__[flag].metadata["group"] == "run" and "," in text:
             hint = "; --seeds=N runs the seeds 1 to N" if flag == "seeds" else ""
             raise UserError(f"--{flag}: expected one value{hint}")
 
     configs = []
-    for settings in grid(kind, usual | given):
+    for settings in grid(kind, begin | given):
         cfg = checked(kind, **settings)
         for seed in range(1, cfg.seeds + 1):
             configs.append(replace(cfg, seed=seed))
@@ -1237,7 +1274,7 @@ def plan(argv: list[str]) -> list[Toy]:
     return list(configs.values())
 
 
-def side_by_side(cfg: Toy) -> int:
+def worker_count(cfg: Toy) -> int:
     """How many models are trained at the same time."""
     if cfg.jobs > 0:
         return cfg.jobs
@@ -1246,7 +1283,7 @@ def side_by_side(cfg: Toy) -> int:
     return os.cpu_count() or 1
 
 
-def run(argv: list[str]) -> None:
+def train_and_report(argv: list[str]) -> None:
     """Trains all models, then reports. Raises UserError."""
     import analyze
     configs = plan(argv)
@@ -1256,7 +1293,7 @@ def run(argv: list[str]) -> None:
     for experiment in EXPERIMENTS:
         chosen = [cfg for cfg in configs if type(cfg) is experiment.kind]
         if chosen:
-            results, failed = run_all(chosen, experiment.job, experiment.headline, side_by_side(chosen[0]))
+            results, failed = run_all(chosen, experiment.job, experiment.headline, worker_count(chosen[0]))
             diverged += failed
             if results:
                 seen += experiment.report(results, out)
@@ -1275,7 +1312,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        run(argv)
+        train_and_report(argv)
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from the models that are finished")
         return 130
