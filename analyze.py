@@ -70,8 +70,8 @@ COSTS = {
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
 # A setting that begins with the name of one of these memories is read by that memory alone.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
-# So are these, whose names don't tell.
-OWNER = {"conv_width": "deltanet", "expand_v": "deltanet"}
+# Settings that begin with these words are deltanet's.
+OWNER = {"conv": "deltanet", "expand": "deltanet", "delta": "deltanet"}
 
 
 class UserError(Exception):
@@ -472,7 +472,8 @@ def all_runs(cells) -> list[Run]:
 
 def owner(key: str) -> str | None:
     """The memory that alone reads this setting; None for a setting that every run reads."""
-    name = OWNER.get(key, key.split("_")[0])
+    begin = key.split("_")[0]
+    name = OWNER.get(begin, begin)
     return name if name in OWNERS else None
 
 
