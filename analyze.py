@@ -166,12 +166,13 @@ def look(name: str) -> dict:
 
 
 def distinct_looks(names: list[str]) -> list[dict]:
-    """The look of each name, and a line style: names that stand here several times have a different one each time."""
+    """The look of each name, and a line style: names of one colour have a different one each time."""
     drawn = Counter()
     looks = []
     for name in names:
-        looks.append(dict(look(name), linestyle=LINES[drawn[name] % len(LINES)]))
-        drawn[name] += 1
+        base = base_name(name)
+        looks.append(dict(look(name), linestyle=LINES[drawn[base] % len(LINES)]))
+        drawn[base] += 1
     return looks
 
 

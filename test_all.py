@@ -808,14 +808,21 @@ def test_compiles_without_graph_breaks(memory):
 def test_flops_count_the_matrix_products():
     """Exactly, but for attention (not counted on the CPU); the recurrences' formulas within their small change."""
     from torch.utils.flop_counter import FlopCounterMode
-    for memory, low, high, more in (("none", 1, 1, {}), ("rmt", 0.95, 1.2, {}), ("ttt", 0.8, 1.25, {}), ("deltanet", 0.8, 1.25, {}),
-                                    *(("deltanet", 0.8, 1.25, member) for member in DELTA_FAMILY.values())):
-        net, idx = small(memory, n_embd=64, max_seq_len=256, rmt_segment=64, **more), tokens(rows=1, length=256)
+    for memory, low, high in (("none", 1, 1), ("rmt", 0.95, 1.2), ("ttt", 0.8, 1.25), ("deltanet", 0.8, 1.25)):
+        net, idx = small(memory, n_embd=64, max_seq_len=256, rmt_segment=64), tokens(rows=1, length=256)
         with FlopCounterMode(display=False) as counter:
             net(idx)
         attention = sum(b.mixer.flops(256) for b in net.body.blocks) if memory == "none" else 0
         ratio = (net.flops_per_token(256) / 3 - attention) / (counter.get_total_flops() / 256)
-        assert low <= ratio <= high, (memory, more, ratio)
+        assert low <= ratio <= high, (memory, ratio)
+    for member in DELTA_FAMILY.values():
+        layer, x = small_layer("deltanet", n_embd=64, **member), noise(1, 256, 64)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        linear = sum(2 * part.weight.numel() for part in layer.modules() if isinstance(part, torch.nn.Linear))
+        solving = 2 * layer.steps * 64 * (layer.D + layer.Dv) * 2 if layer.erase else 0     # these are not counted: the solver
+        convolving = 8 * len(layer.conv)                                                    # and what isn't a product
+        assert layer.flops(256) - solving - convolving == counter.get_total_flops() / 256 - linear, member
     for window in (None, 8, 100):
         visible = [min(i + 1, window or 64) for i in range(64)]
         assert model.attention_flops(64, window, 10) == 4 * 10 * sum(visible) / 64
@@ -2671,9 +2678,53 @@ def test_toys_copy_repeat_and_recall_ask_what_they_say():
             if y[t] >= 0:
                 writes = [s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8]
                 assert y[t] == (x[writes[-1]] - 24) % 8 and d[t] == t - writes[-1]
-        for task, (make, vocabulary) in toys.TASKS.items():
-            x, y, _ = make(rng, 70)
-            assert 0 <= min(x) and max(*x, *y) < vocabulary, task
+        for name, task in toys.TASKS.items():
+            x, y, d = task.draw(rng, 72)
+            assert 0 <= min(x) and max(*x, *y) < task.vocabulary and len(x) == len(y) == len(d) == 72, name
+
+
+def test_toys_products_are_parity_and_composed_permutations():
+    rng = random.Random(0)
+    for _ in range(20):
+        x, y, d = toys.TASKS["parity"].draw(rng, 100)
+        assert y == [sum(x[:t + 1]) % 2 for t in range(100)] and d == list(range(100))
+    for task, n in (("s3", 3), ("s5", 5)):
+        group = list(itertools.permutations(range(n)))
+        matrices = [torch.eye(n)[:, list(p)] for p in group]    # M e_i = e_p(i): the product is one of matrices
+        x, y, _ = toys.TASKS[task].draw(rng, 300)
+        so_far = torch.eye(n)
+        for token, answer in zip(x, y):
+            so_far = matrices[token] @ so_far
+            assert torch.equal(so_far, matrices[answer])
+        assert set(x) == set(y) == set(range(len(group))) or task == "s5"
+
+
+@each(task=["capacity", "mqar"])
+def test_toys_pairs_are_asked_for_once(task):
+    rng = random.Random(0)
+    for T in (16, 64, 512):
+        x, y, d = toys.TASKS[task].draw(rng, T)
+        written = {}                                            # key -> its value and its place
+        for t, token in enumerate(x[:T // 2]):
+            if task == "capacity" and token != 8:
+                written[(token - 137) // 8] = (token - 137) % 8, t
+            elif task == "mqar" and t % 2 == 0:
+                written[token - 9] = x[t + 1], t
+        assert len(written) == T // 4 and not any(v >= 0 for v in y[:T // 2])
+        asked = [t for t in range(T // 2, T) if x[t] != 8]
+        assert sorted(x[t] - 9 for t in asked) == sorted(written) and all((y[t] >= 0) == (t in asked) for t in range(T))
+        assert all((y[t], t - d[t]) == written[x[t] - 9] for t in asked)
+        if T == 512:
+            assert [x[t] - 9 for t in asked] != list(written) and set(y) == set(range(-1, 8))
+
+
+def test_toys_pairs_train_and_test_at_every_number_of_pairs():
+    cfg = toys.Length(task="mqar", model="deltanet-steps2", **TOY_SHAPE, test_rows=2, batch_size=2)
+    assert [n // 4 for n in cfg.trained_lengths()] == [4, 8, 16, 32, 64] and [n // 4 for n in cfg.tested_lengths()] == [4, 8, 16, 32, 64, 128]
+    assert cfg.architecture().delta_steps == 2 and not cfg.architecture().token_shift
+    with recorded(fit=five_batches) as calls:
+        result = toys.length_job(cfg)
+    assert [x.size(1) for x, _ in calls["fit"][0][1]] == [16, 32, 64, 128, 256] and len(result["accuracy"]) == 6
 
 
 def test_toys_same_seed_same_data():

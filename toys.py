@@ -50,7 +50,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -158,25 +158,33 @@ class Moons(Toy):
 
 @dataclass
 class Length(Toy):
-    """Brackets, copy, repeat and recall: a model is trained on short sequences and tested on longer ones."""
-    task: str = option("recall", "brackets, copy, repeat or recall", "toy")
+    """A task of TASKS: a model is trained on short sequences and tested on longer ones. A 0 below is the task's own."""
+    task: str = option("recall", "the task", "toy")
     model: str = option("local", "local (attention to a window), global (to all of the past), rmt-0 (rmt without "
-                        "memory), or a memory", "toy")
-    T: int = option(64, "training length; tests are 1, 2, 4 and 8 times as long", "toy", low=32)
+                        "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
+                        "(without erasing)", "toy")
+    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far; 0 = 64, of pairs 256", "toy", low=0)
     window: int = option(16, "tokens in the window of local, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
     pos: str = option("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
+    token_shift: bool = option(False, "every block first adds to a token a mixture of the three before it", "toy")
     test_rows: int = option(64, "test sequences at each length", "toy", low=1)
     lr: float = option(6e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
-    batch_size: int = option(32, "sequences in a step", "optimisation", low=1)
+    steps: int = option(0, "updates of the weights; 0 = 400, of groups 600, of pairs 1000", "optimisation", low=0)
+    batch_size: int = option(0, "sequences in a step; 0 = 32, of groups 64", "optimisation", low=0)
     toy = "length"
 
     def __post_init__(self):
         super().__post_init__()
         check_known("task", self.task, TASKS)
         check_known("model", self.model, LENGTH_MODELS)
+        self.T = self.T or TASKS[self.task].T
+        self.steps = self.steps or TASKS[self.task].steps
+        self.batch_size = self.batch_size or TASKS[self.task].batch_size
+        if self.T < 32 or self.trained_lengths()[0] < 4:
+            raise ValueError(f"T={self.T} is too short for {self.task}; give 64 or more")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -184,12 +192,20 @@ class Length(Toy):
 
     def architecture(self) -> Config:
         """The network to train."""
-        _, vocabulary = TASKS[self.task]
         # The Config's `window` is a pattern of layers, S or L. The toy's `window` is how many tokens an S sees.
         settings = dict(n_layer=self.n_layer, n_embd=self.n_embd, n_head=self.n_head, pos=self.pos, window="L",
-                        max_seq_len=self.T, vocab_size=vocabulary, short_window=self.window, rmt_segment=self.window)
+                        max_seq_len=self.T, vocab_size=TASKS[self.task].vocabulary, short_window=self.window,
+                        rmt_segment=self.window, token_shift=self.token_shift)
         settings.update(LENGTH_MODELS[self.model])
         return Config(**settings)
+
+    def trained_lengths(self) -> list[int]:
+        """The lengths of the training sequences, which take turns."""
+        return [int(self.T * share) for share in TASKS[self.task].trained]
+
+    def tested_lengths(self) -> list[int]:
+        """The lengths of the test sequences."""
+        return [int(self.T * share) for share in TASKS[self.task].tested]
 
     def name_begins(self) -> dict:
         """The settings whose bare values begin a run's name."""
@@ -252,6 +268,10 @@ for memory in MEMORIES:
         LENGTH_MODELS[memory] = dict(memory=memory)
         REGBENCH_MODELS[memory] = dict(memory=memory)
 LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
+for name, settings in (("beta2", dict(delta_beta=2)), ("steps2", dict(delta_beta=2, delta_steps=2)),
+                       ("add", dict(delta_erase=False))):
+    LENGTH_MODELS[f"deltanet-{name}"] = dict(memory="deltanet", **settings)
+    REGBENCH_MODELS[f"deltanet-{name}"] = dict(memory="deltanet", **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -723,15 +743,89 @@ def recall(rng: random.Random, T: int) -> tuple[list, list, list]:
     return x, y, distance
 
 
-TASKS = {"brackets": (brackets, 17), "copy": (copy, 18), "repeat": (repeat, 290), "recall": (recall, 152)}  # vocabulary
+def product(rng: random.Random, T: int, n: int) -> tuple[list, list, list]:
+    """The product of all permutations of n things so far. Each has a number, its place in alphabetical order: of two
+    things 0 leaves them and 1 swaps them, so that the product is the parity of the bits.
+
+        x   0  1  1  0  1  1
+        y   0  1  0  0  1  0                  distance of the last answer: 5, back to the first token
+    """
+    permutations = list(itertools.permutations(range(n)))
+    number = {permutation: i for i, permutation in enumerate(permutations)}
+    so_far = permutations[0]
+    x = []
+    y = []
+    for _ in range(T):
+        new = rng.choice(permutations)
+        so_far = tuple(new[place] for place in so_far)      # what stood at `place` now stands at new[place]
+        x.append(number[new])
+        y.append(number[so_far])
+    return x, y, list(range(T))
+
+
+KEYS = 128   # of capacity and mqar
+VALUES = 8
+
+
+def pairs(rng: random.Random, T: int, split: bool) -> tuple[list, list, list]:
+    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more, in
+    any order: what was its value (0-7)? Blanks (8) fill up.
+
+        x   a  3  b  7  .  b  a  .            split (mqar): key (9-136) and value are two tokens, as in Arora et al.
+        y                  7  3
+        x   a=3  b=7  .  .  .  b  a  .        else (capacity): one token, 137 + 8 key + value
+    """
+    N = T // 4
+    x = []
+    value_of = {}
+    place_of = {}
+    for key in rng.sample(range(KEYS), N):
+        value = rng.randrange(VALUES)
+        value_of[key] = value
+        place_of[key] = len(x)
+        x += [9 + key, value] if split else [9 + KEYS + VALUES * key + value]
+    x += [8] * (T - len(x))
+    y = [-1] * T
+    distance = [0] * T
+    places = rng.sample(range(T // 2, T), N)
+    for key, place in zip(value_of, places):
+        x[place] = 9 + key
+        y[place] = value_of[key]
+        distance[place] = place - place_of[key]
+    return x, y, distance
+
+
+class Task(NamedTuple):
+    """A task, and how models are trained for it."""
+    draw: Callable            # (rng, T) -> x, y, distance
+    vocabulary: int
+    said: str = "a memory keeps its accuracy, attention loses it sooner"    # by the papers
+    T: int = 64
+    steps: int = 400
+    batch_size: int = 32
+    trained: tuple = (1,)     # lengths in units of T, which take turns
+    tested: tuple = (1, 2, 4, 8)
+
+
+BY_PAIRS = dict(T=256, steps=1000, trained=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), tested=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2))
+TASKS = {
+    "brackets": Task(brackets, 17),
+    "copy": Task(copy, 18),
+    "repeat": Task(repeat, 290),
+    "recall": Task(recall, 152),
+    "parity": Task(partial(product, n=2), 2, "chance (.5) for attention and β < 1; β up to 2 holds it", 64, 600, 64),
+    "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", 64, 600, 64),
+    "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", 64, 600, 64),
+    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "the more state, the more pairs", **BY_PAIRS),
+    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "the more state, the more pairs", **BY_PAIRS),
+}
 
 
 def length_batch(task: str, rows: int, T: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, y, distance (rows,T) int64, a function of the arguments alone. Batch (0, 0) is for tests: a training batch has
     the run's seed, and its number is at least 1."""
     rng = random.Random(repr((task, T, seed, number)))
-    draw, _ = TASKS[task]
-    sequences = [draw(rng, T) for _ in range(rows)]
+    sequences = [TASKS[task].draw(rng, T) for _ in range(rows)]
     x, y, distance = zip(*sequences)
     return torch.tensor(x), torch.tensor(y), torch.tensor(distance)
 
@@ -747,7 +841,8 @@ def length_job(cfg: Length) -> dict:
     start = time.process_time()
 
     def batch_fn(step):
-        x, y, _ = length_batch(cfg.task, cfg.batch_size, cfg.T, cfg.seed, step + 1)
+        lengths = cfg.trained_lengths()
+        x, y, _ = length_batch(cfg.task, cfg.batch_size, lengths[step % len(lengths)], cfg.seed, step + 1)
         return x, y
 
     fit(model, batch_fn, cfg)
@@ -782,13 +877,13 @@ def answers(model: GPT, cfg: Length, T: int) -> Answers:
 def measure_length(model: GPT, cfg: Length) -> dict:
     """How well a trained model answers.
 
-        lengths, accuracy, state_bytes    1, 2, 4 and 8 T; at each of these the share of right answers in the last T
-                                          tokens, and the bytes of the state
-        by_distance                       at 8 T, for each bin of distances: its ends, how many answers were asked for,
-                                          their accuracy
-        far_accuracy                      at 8 T, of answers two windows back or more; None if there are none
+        lengths, accuracy, state_bytes    at each length the share of right answers in the last T tokens, and the bytes
+                                          of the state
+        by_distance                       at the longest, for each bin of distances: its ends, how many answers were
+                                          asked for, their accuracy
+        far_accuracy                      there, of answers two windows back or more; None if there are none
     """
-    lengths = [cfg.T * k for k in (1, 2, 4, 8)]
+    lengths = cfg.tested_lengths()
     found = [answers(model, cfg, T) for T in lengths]
     accuracy = []
     for T, (right, asked, _, _) in zip(lengths, found):
