@@ -217,6 +217,41 @@ def panels(rows: int, cols: int, size: tuple, **more):
     return figure, axes
 
 
+# How well an ability is there: name, the least share of the way from guessing to perfect, colours of cell and text.
+LEVELS = (("solved", 0.9, "#0072B2", "white"), ("partly", 0.3, "#9CCBE6", "black"), ("not", -math.inf, "#EDEDED", "black"))
+
+
+def level(share: float) -> tuple:
+    """The entry of LEVELS for a share of the way from guessing (0) to perfect (1)."""
+    return next(entry for entry in LEVELS if share >= entry[1])
+
+
+def ability_figure(cells: dict[str, dict], titles: dict[str, str]):
+    """Memories in rows, abilities in columns: cells[memory][ability] = (number, share of the way from guessing to
+    perfect), titles[ability] = text above its column. What was not measured stays white. Above 1 a
+    number is a count."""
+    figure, axes = panels(1, 1, (1.15 * len(titles) + 2.2, 0.42 * len(cells) + 1.4))
+    ax = axes[0, 0]
+    for row, memory in enumerate(cells):
+        for column, ability in enumerate(titles):
+            if ability in cells[memory]:
+                number, share = cells[memory][ability]
+                _, _, colour, ink = level(share)
+                ax.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, lw=0))
+                text = f"{number:.2f}" if number <= 1 else f"{number:.0f}"
+                ax.text(column, row, text, ha="center", va="center", color=ink)
+    ax.set(xlim=(-0.5, len(titles) - 0.5), ylim=(len(cells) - 0.5, -0.5))
+    ax.set_xticks(range(len(titles)), titles.values())
+    ax.set_yticks(range(len(cells)), cells)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, _, colour, _ in LEVELS]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    return figure
+
+
 def picture(figure) -> bytes:
     """The figure as a PNG. The figure is closed, so that matplotlib does not keep it."""
     png = io.BytesIO()

@@ -2718,6 +2718,65 @@ def test_toys_pairs_are_asked_for_once(task):
             assert [x[t] - 9 for t in asked] != list(written) and set(y) == set(range(-1, 8))
 
 
+def test_toys_pairs_held_and_what_fits_into_the_budget():
+    """Accuracies 1, 1, .95, .85, .5 at 4 to 64 pairs cross .9 half-way between 16 and 32."""
+    result = dict(lengths=[16, 32, 64, 128, 256], accuracy=[1, 1, 0.95, 0.85, 0.5], state_bytes=[100, 200, 400, 800, 1600])
+    held, states = toys.pairs_held(result)
+    assert abs(held - 24) < 1e-9 and abs(states - 600) < 1e-9
+    assert toys.pairs_held(result | dict(accuracy=[1] * 5)) == (64, 1600)
+    assert abs(toys.pairs_held(result | dict(accuracy=[0.8, 1, 1, 1, 1]))[0] - 2) < 1e-9
+    for budget, fitting in ((99, 0), (300, 12), (600, 24), (1200, 24), (5000, 24)):
+        with mock.patch.object(toys, "BUDGET", budget):
+            assert abs(toys.pairs_in_budget(result) - fitting) < 1e-9, budget
+    with mock.patch.object(toys, "BUDGET", 700):
+        assert toys.pairs_in_budget(result | dict(state_bytes=[700] * 5)) == held
+
+
+def test_toys_picture_shows_the_best_variant_of_each_model():
+    """In the cells the means over seeds of a model's best variant; beside them how far from guessing to perfect."""
+    with tempfile.TemporaryDirectory() as out:
+        def leave(kind, measured, **settings):
+            cfg = kind(out_dir=out, **settings)
+            cfg.folder.mkdir(parents=True)
+            (cfg.folder / "result.json").write_text(json.dumps(dict(config=vars(cfg)) | measured))
+
+        assert toys.ability_cells(Path(out)) == {} and toys.picture_abilities(Path(out)) is None
+        for lr, seed, share in ((0.001, 1, 0.5), (0.001, 2, 0.7), (0.002, 1, 0.95), (0.002, 2, 0.85)):
+            leave(toys.Length, dict(accuracy=[1, 1, share, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed)
+        leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="local")
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.75)), model="rope", automata=1000)
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="rope", automata=100)
+        cells = toys.ability_cells(Path(out))
+        assert list(cells) == ["local", "global", "deltanet-beta2"]
+        assert cells["local"] == {"recall": (9 / 16, 0.5)} and cells["global"] == {"regbench": (0.75, 0.5)}
+        number, share = cells["deltanet-beta2"]["parity"]
+        assert abs(number - 0.9) < 1e-12 and abs(share - 0.8) < 1e-12
+        status, text, _ = call(lambda argv: toys.picture_abilities(Path(out)))
+        assert Path(out, "abilities.png").read_bytes()[:4] == b"\x89PNG" and "abilities.png" in text
+    assert [analyze.level(share)[0] for share in (1, 0.9, 0.89, 0.3, 0.29, -1)] == ["solved", "solved", "partly", "partly", "not", "not"]
+    figure = analyze.ability_figure({"a": {"x": (0.5, 0.5)}, "b": {"y": (17.2, 1.0)}}, {"x": "X", "y": "Y"})
+    texts = {(t.get_position(), t.get_text()) for t in figure.axes[0].texts}
+    to_hex = analyze.matplotlib.colors.to_hex
+    colours = {tuple(round(v + 0.48) for v in p.get_xy()): to_hex(p.get_facecolor()).upper() for p in figure.axes[0].patches}
+    assert texts == {((0, 0), "0.50"), ((1, 1), "17")} and colours == {(0, 0): "#9CCBE6", (1, 1): "#0072B2"}
+
+
+def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
+    def result(width, lr, seed, *accuracy):
+        cfg = toys.Length(task="capacity", model="deltanet", n_embd=width, lr=lr, seed=seed)
+        return dict(config=vars(cfg), lengths=cfg.tested_lengths(), accuracy=list(accuracy), state_bytes=[64 * width] * 6, parameters=1,
+                    far_accuracy=None, by_distance=[], cpu_seconds=1)
+
+    low, high = (1, 0.5, 0.5, 0.5, 0.5, 0.5), (1, 1, 1, 1, 0.8, 0.5)
+    results = [result(32, 0.1, 1, *low), result(32, 0.1, 2, *high), result(32, 0.2, 1, *high), result(32, 0.2, 2, *low),
+               result(64, 0.1, 1, *high)]
+    with tempfile.TemporaryDirectory() as out:
+        status, text, err = call(lambda argv: print(toys.report_task("capacity", results, Path(out))))
+        assert Path(out, "capacity.png").is_file()
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| deltanet")]
+    assert [(row[1], row[-7]) for row in rows] == [("deltanet, n_embd=32, lr=0.2", "26"), ("deltanet, lr=0.1", "48")]
+
+
 def test_toys_pairs_train_and_test_at_every_number_of_pairs():
     cfg = toys.Length(task="mqar", model="deltanet-steps2", **TOY_SHAPE, test_rows=2, batch_size=2)
     assert [n // 4 for n in cfg.trained_lengths()] == [4, 8, 16, 32, 64] and [n // 4 for n in cfg.tested_lengths()] == [4, 8, 16, 32, 64, 128]
@@ -2842,7 +2901,7 @@ def test_toys_bad_flags_are_one_line():
 
 def test_toys_names_of_models_are_conditions_and_local_means_local_in_the_last_layer_too():
     for name, settings in toys.LENGTH_MODELS.items():
-        assert analyze.condition(settings).split()[0] == name
+        assert analyze.condition(settings).split()[0] == (name if name not in toys.DELTANETS else "deltanet")
     assert [toys.Length(model="local").architecture().window_of(i) for i in range(2)] == [16, 16]
     assert toys.Length(model="global").architecture().window_of(1) is None
     changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]
