@@ -2774,7 +2774,7 @@ def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
         status, text, err = call(lambda argv: print(toys.report_task("capacity", results, Path(out))))
         assert Path(out, "capacity.png").is_file()
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| deltanet")]
-    assert [(row[1], row[-7]) for row in rows] == [("deltanet, n_embd=32, lr=0.2", "26"), ("deltanet, lr=0.1", "48")]
+    assert [(row[1], row[-7]) for row in rows] == [("deltanet, lr=0.2, n_embd=32", "26"), ("deltanet, lr=0.1", "48")]
 
 
 def test_toys_pairs_train_and_test_at_every_number_of_pairs():
