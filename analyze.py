@@ -4,7 +4,7 @@
 
 Reading order
     names        what a condition is called, how it is drawn, how a table is printed; the other scripts use these too
-    reading      result files -> Run; a file that can't be read is named, skipped and counted
+    reading      result files -> RunRecord; a file that can't be read is named, skipped and counted
     cells        all runs of one condition, one per seed; a cell that mixes configurations is an error
     statistics   paired t test, exact sign-flip test, Holm's correction, closure, gain and deficit, Pareto frontier
     tables       the tables of REPORT.md
@@ -16,13 +16,15 @@ Glossary
     condition    what a run tests: "local", "global", "rmt", "ttt@1+3". See `condition`.
     cell         all runs of one condition at one training length T, one for each seed.
     study        cells that may be compared: they have the same preset and the same data.
+    floor        no memory. Attention sees a short window in every layer (the pattern S). Nothing reaches further back.
     local        no memory. Attention sees a short window in most layers (the pattern SSSL).
-    global       no memory. Attention sees all of the past in every layer (the pattern L).
+    global       no memory. Attention sees all of the past in every layer (the pattern L). It is the ceiling.
+    windowed     the baseline from below: floor, or local in a study without a floor.
     bpb          bits per byte of validation text. Less is better.
     mBPB         0.001 bpb, the unit of every difference. A negative one is better than the baseline.
-    D(p)         positional deficit: bpb of local minus bpb of global at position p. It is what the window costs there.
-    G(p)         gain of a memory: bpb of local minus bpb of the memory at position p.
-    closure      ΣG/ΣD over the positions: the share of the deficit that the memory wins back.
+    D(p)         positional deficit: bpb of windowed minus bpb of global at position p. It is what the window costs there.
+    G(p)         gain of a memory: bpb of windowed minus bpb of the memory at position p.
+    closure      gain/deficit, over all positions or some: the share of the deficit that the memory wins back.
     seed pair    two runs with the same seed. They see the same batches in the same order, so that much of the noise
                  cancels in their difference.
 
@@ -51,7 +53,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first, so that no display is needed)
@@ -68,27 +70,31 @@ COSTS = {
 
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
-# A setting that begins with the name of one of these memories is read by that memory alone.
+# A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
-# Settings that begin with these words are deltanet's.
-OWNER = {"conv": "deltanet", "expand": "deltanet", "delta": "deltanet"}
 
 
 class UserError(Exception):
-    """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2."""
+    """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2.
+
+    data.py has its own, since it imports torch.
+    """
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Names, looks, tables and pictures. train.py, eval.py and toys.py call these too.
 
+WINDOWED = ("floor", "local")  # the baseline from below, by preference
 # The usual pattern of attention layers (S: short window, L: all of the past). Names leave it out.
 USUAL_WINDOW = "SSSL"
 # These memories replace a layer's attention or have their own window, so they don't follow the pattern.
 NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic"}
 # Okabe and Ito's colours: colour-blind readers can tell them apart. Markers do the same in grey.
 LOOKS = {
+    "floor": dict(color="#000000", marker="d"),
     "local": dict(color="#000000", marker="o"),
     "global": dict(color="#7f7f7f", marker="s"),
+    "window": dict(color="#7f7f7f", marker="*"),
     "persistent": dict(color="#0072B2", marker="^"),
     "rmt": dict(color="#D55E00", marker="v"),
     "rmt-0": dict(color="#A50026", marker="<"),
@@ -102,8 +108,10 @@ OTHER_LOOK = dict(color="#994F00", marker="h")
 LINES = ("solid", "dashed", "dashdot", "dotted")
 # What the names mean, for the reader of a report.
 CONDITIONS = {
+    "floor": "no memory; attention sees a short window in every layer",
     "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
-    "global": "no memory; attention sees all of the past in every layer",
+    "global": "no memory; attention sees all of the past in every layer: the ceiling",
+    "window": "no memory; the letters say, layer by layer, whether attention sees a short window (S) or all of the past (L)",
     "persistent": "attention that also sees learned key/value slots, the same ones in every sequence",
     "rmt": "reads in segments; memory tokens, read before each and written after it, carry the past on",
     "rmt-0": "the segments of rmt with 0 memory tokens: the baseline that shows what rmt's memory is worth",
@@ -116,21 +124,20 @@ CONDITIONS = {
 
 def attention_name(window: str) -> str:
     """The name of a run without a memory, from the pattern of its attention layers."""
-    if set(window) == {"L"}:
-        return "global"
-    return "local" if window == USUAL_WINDOW else f"local {window}"
+    names = {"S": "floor", USUAL_WINDOW: "local", "L": "global"}
+    return names.get(window, f"window {window}")
 
 
 def sees_pattern(settings: dict) -> bool:
-    """Does any layer of this run attend as the window pattern says?"""
+    """Does any layer of this run attend as the window pattern says? Layers without the memory always do."""
     return settings.get("memory") not in NO_PATTERN or settings.get("memory_layers", "all") != "all"
 
 
 def condition(settings: dict) -> str:
     """The name of what a run tests, from its settings: memory, memory_layers, window, rmt_tokens.
 
-        local, global    no memory                             rmt-0        rmt without memory tokens
-        ttt@1+3          the memory in layers 1 and 3 only     local SL     another window pattern than SSSL
+        floor, local, global    no memory: S, SSSL, L               window SL    no memory, another pattern
+        ttt@1+3                 the memory in layers 1 and 3 only    rmt-0        rmt without memory tokens
 
     A setting that is missing has its default. The pattern stands behind the name only if attention
     layers follow it.
@@ -176,11 +183,11 @@ def distinct_looks(names: list[str]) -> list[dict]:
     return looks
 
 
-def cell_text(cell) -> str:
+def entry_text(entry) -> str:
     """How a table shows a value."""
-    if cell is None:
+    if entry is None:
         return "-"
-    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    return f"{entry:.4f}" if isinstance(entry, float) else str(entry)
 
 
 def table(head: list[str], rows: list[list], left: int = 1) -> str:
@@ -191,10 +198,10 @@ def table(head: list[str], rows: list[list], left: int = 1) -> str:
     """
     if not rows:
         return ""
-    # column by column, since a column's cells have one width
+    # column by column, since a column's entries have one width
     columns = []
-    for i, cells in enumerate(zip(head, *rows, strict=True)):
-        texts = [cell_text(cell) for cell in cells]
+    for i, entries in enumerate(zip(head, *rows, strict=True)):
+        texts = [entry_text(entry) for entry in entries]
         # a line of dashes below the title; Markdown takes a colon at its end for "aligned to the right"
         width = max(3, *map(len, texts))
         if i < left:
@@ -253,7 +260,10 @@ def ability_figure(cells: dict[str, dict], titles: dict[str, str]):
 
 
 def picture(figure) -> bytes:
-    """The figure as a PNG. The figure is closed, so that matplotlib does not keep it."""
+    """The figure as a PNG, which every script writes as it writes its other files.
+
+    The figure is closed, so that matplotlib does not keep it.
+    """
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
@@ -264,7 +274,7 @@ def picture(figure) -> bytes:
 # Reading. A file that can't be used raises ValueError with the reason; read_all collects these.
 
 @dataclass
-class Run:
+class RunRecord:
     """One training run, as its result file tells of it."""
     path: str
     preset: str
@@ -281,7 +291,7 @@ class Run:
     recombined: float | None  # bpb of all buckets together: it has to be `bpb` again
     costs: dict               # minutes, flops, state_bytes, ...; what was not recorded is absent
     log: list                 # the evaluations during training: {step, seconds, tokens, val_bpb}
-    config: dict              # every setting that has to agree inside a cell
+    config: dict              # its settings, and what else has to agree inside a cell; see `relevant`
 
 
 def finite(x) -> bool:
@@ -346,20 +356,20 @@ def read_costs(content: dict) -> dict:
     return costs
 
 
-def is_result(path: Path, content) -> bool:
-    """Is this the result of a training run? A toy's result and other JSON files are not."""
-    if isinstance(content, dict) and "toy" in content:
+def is_toy(content) -> bool:
+    """Is this the result of a toy?"""
+    return isinstance(content, dict) and "toy" in content
+
+
+def is_result(content) -> bool:
+    """Is this the result of a training run, complete or not? A toy's result and other JSON files are not."""
+    if not isinstance(content, dict) or is_toy(content):
         return False
-    if isinstance(content, dict) and content.keys() & {"memory", "mechanism", "val_bpb"}:
-        return True
-    # memory-bench's files have any name, ours this one
-    if path.name == "result.json":
-        raise ValueError("holds none of memory, mechanism, val_bpb")
-    return False
+    return not content.keys().isdisjoint({"memory", "mechanism", "val_bpb"})
 
 
 def expect(name: str, value, kind: type) -> None:
-    """A ValueError that names the entry of the file, unless its value is of this kind."""
+    """Raises ValueError if the value of the file's entry `name` is not of this kind."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {value!r:.40}, expected {kind.__name__}")
 
@@ -384,13 +394,16 @@ def read_settings(content: dict) -> dict:
     return settings
 
 
-def read_run(path: Path) -> Run | None:
-    """One file -> Run; None if it is no result; ValueError if it is broken or partial."""
+def read_run(path: Path) -> RunRecord | None:
+    """One file -> RunRecord; None if it is no result; ValueError if it is broken or partial."""
     # eval.py's file lies beside the result.json of the run that it measured, so the run is not missed
     if path.name.startswith("eval_"):
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not is_result(path, content):
+    if not is_result(content):
+        # a training run's result has this name; only memory-bench's files, and what is no result, have others
+        if path.name == "result.json" and not is_toy(content):
+            raise ValueError("holds none of memory, mechanism, val_bpb")
         return None
 
     # these have another name in memory-bench's schema, or may be missing
@@ -413,11 +426,12 @@ def read_run(path: Path) -> Run | None:
 
     settings = read_settings(content)
     # inside a cell the whole config has to agree, and these: the data, and what was built and trained
-    agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step device".split()
-    measured = {key: content[key] for key in agree if key in content}
+    agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step".split()
+    # the device may differ, see EXECUTION; it is read for the report, since the config may say no more than "auto"
+    recorded = {key: content[key] for key in (*agree, "device") if key in content}
 
     curve, bucket_bytes, recombined = read_curve(by_position) if by_position else ({}, [], None)
-    return Run(
+    return RunRecord(
         path=str(path),
         preset=str(settings.get("preset") or ""),
         dataset=str(settings.get("dataset") or ""),
@@ -433,11 +447,11 @@ def read_run(path: Path) -> Run | None:
         recombined=recombined,
         costs=read_costs(content),
         log=[entry for entry in log if isinstance(entry, dict) and finite(entry.get("val_bpb"))],
-        config=config | measured,
+        config=config | recorded,
     )
 
 
-def read_all(folders) -> tuple[list[Run], list[str], list[str]]:
+def read_all(folders) -> tuple[list[RunRecord], list[str], list[str]]:
     """Every *.json below the folders -> runs, skipped files (with the reason), files that are no results."""
     runs = []
     skipped = []
@@ -480,8 +494,8 @@ class Cell:
     study: tuple              # (preset, dataset): only cells of one study are compared
     T: int
     label: str                # the condition, and the settings named by --by; unique within (study, T)
-    one: Run                  # the first run that was read: what all of them share is read here
-    runs: dict = field(default_factory=dict)  # seed -> Run
+    one: RunRecord            # the first run that was read: what all of them share is read here
+    runs: dict = field(default_factory=dict)  # seed -> RunRecord
 
     @property
     def base(self) -> str:
@@ -501,19 +515,23 @@ class Cell:
         return [run.costs[name] for run in self.runs.values() if name in run.costs]
 
 
-def all_runs(cells) -> list[Run]:
+def all_runs(cells) -> list[RunRecord]:
     """The runs of all these cells."""
     return [run for c in cells for run in c.runs.values()]
 
 
 def owner(key: str) -> str | None:
-    """The memory that alone reads this setting; None for a setting that every run reads."""
+    """The memory that alone reads this setting; None for a setting that every run reads.
+
+    model.unused_options has the same rule for the settings of today. This one is here because model.py imports torch,
+    and also meets the settings of other versions and of memory-bench.
+    """
     begin = key.split("_")[0]
-    name = OWNER.get(begin, begin)
+    name = {"delta": "deltanet", "expand": "deltanet"}.get(begin, begin)
     return name if name in OWNERS else None
 
 
-def relevant(key: str, run: Run) -> bool:
+def relevant(key: str, run: RunRecord) -> bool:
     """Does this setting change what the run computes?"""
     if key in EXECUTION or key.endswith("_every"):
         return False
@@ -523,17 +541,18 @@ def relevant(key: str, run: Run) -> bool:
     return memory is None or run.memory.startswith(memory)
 
 
-def differing(a: Run, b: Run) -> dict:
+def differing(a: RunRecord, b: RunRecord) -> dict:
     """key -> the two values, for every setting that matters to either run and isn't the same in both."""
     different = {}
     for key in sorted(a.config | b.config):
-        pair = a.config.get(key, "not recorded"), b.config.get(key, "not recorded")
-        if pair[0] != pair[1] and (relevant(key, a) or relevant(key, b)):
-            different[key] = pair
+        of_a = a.config.get(key, "not recorded")
+        of_b = b.config.get(key, "not recorded")
+        if of_a != of_b and (relevant(key, a) or relevant(key, b)):
+            different[key] = (of_a, of_b)
     return different
 
 
-def cell_label(run: Run, by) -> str:
+def cell_label(run: RunRecord, by) -> str:
     """The run's condition, and those settings named by --by that matter to it: "ttt n_layer=4"."""
     words = [run.condition]
     for key in by:
@@ -542,8 +561,8 @@ def cell_label(run: Run, by) -> str:
     return " ".join(words)
 
 
-def check_same(cell: Cell, run: Run) -> None:
-    """A UserError if the run was configured otherwise than the runs of this cell."""
+def refuse_mixture(cell: Cell, run: RunRecord) -> None:
+    """Raises UserError if the run was configured otherwise than the runs of this cell."""
     different = differing(cell.one, run)
     if different:
         values = [f"{key} is {a!r} in the first, {b!r} in the second" for key, (a, b) in different.items()]
@@ -552,7 +571,7 @@ def check_same(cell: Cell, run: Run) -> None:
                         f"--by={','.join(different)}")
 
 
-def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
+def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
     """Runs -> cells, and a line about every run that was left out because its seed was there already.
 
     Of several files of one seed the first that was read is kept, and never the better one: to choose
@@ -569,7 +588,7 @@ def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
         study = (run.preset, run.dataset)
         label = cell_label(run, by)
         cell = cells.setdefault((study, run.T, label), Cell(study, run.T, label, one=run))
-        check_same(cell, run)
+        refuse_mixture(cell, run)
         kept = cell.runs.setdefault(run.seed, run)
         if kept is not run:
             apart = abs(kept.bpb - run.bpb) * 1000
@@ -578,7 +597,7 @@ def make_cells(runs: list[Run], by=()) -> tuple[list[Cell], list[str]]:
 
     # the two baselines come first, then the memories in the order of their names
     def place(cell: Cell) -> tuple:
-        rank = {"local": 0, "global": 1}.get(cell.base, 2)
+        rank = {"floor": 0, "local": 1, "global": 2}.get(cell.base, 3)
         return cell.study, cell.T, rank, cell.label
 
     return sorted(cells.values(), key=place), repeats
@@ -674,22 +693,40 @@ def paired(a: dict, b: dict) -> Paired:
     """a - b over the seeds that both have. a, b: seed -> value."""
     seeds = sorted(a.keys() & b.keys())
     diffs = [a[seed] - b[seed] for seed in seeds]
-    result = Paired(seeds, diffs)
     if len(seeds) < MIN_SEEDS:
-        return result
+        return Paired(seeds, diffs)
 
-    result.mean, result.lo, result.hi = t_interval(diffs)
-    result.p_flip = sign_flip(diffs)
     # equal differences have no spread that t could divide by
+    p_t = math.nan
     if np.ptp(diffs) > 1e-15:
-        result.p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue)
-    return result
+        p_t = float(stats.ttest_1samp(diffs, 0.0).pvalue)
+    mean, lo, hi = t_interval(diffs)
+    return Paired(seeds, diffs, mean, lo, hi, p_t, p_flip=sign_flip(diffs))
+
+
+def detectable(diffs) -> float:
+    """The smallest true difference that these seeds could have shown: with power 0.8, that is in four of five repetitions.
+
+    Of differences that scatter with standard deviation s around a true difference δ, the statistic of
+    the paired t test follows the noncentral t distribution, shifted by δ√n/s. The shift is sought at
+    which it passes the 5% limit, on either side, with probability 0.8.
+    """
+    n = len(diffs)
+    limit = stats.t.ppf(0.975, n - 1)
+
+    def missing(shift: float) -> float:
+        power = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+        return power - 0.8
+
+    # beyond 10 scipy's noncentral t is not reliable; n = 3, the fewest seeds, needs 5.7
+    shift = optimize.brentq(missing, 0.0, 8.0)
+    return float(shift * np.std(diffs, ddof=1) / math.sqrt(n))
 
 
 def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | str:
     """ΣG/ΣD with a 95% interval, or the words that say why there is none.
 
-    G, D (n,): for each seed the sum over positions of the gain and of the deficit.
+    G, D (n,): for each seed the gain and the deficit.
 
     A ratio means nothing where its denominator may be 0. So it is "undefined" unless the 95% interval
     of D lies above 0.
@@ -721,6 +758,15 @@ def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | st
     ratio = float(G.sum() / D.sum())
     return ratio, ratio - half, ratio + half
 
+
+# Does a memory gain where the window costs? The next functions correlate two quantities over positions. Each is an
+# array (n,P) of n seeds and P positions, in bpb:
+#
+#     G = windowed - memory      the gain: what the memory wins there
+#     D = windowed - global      the deficit: what the window costs there
+#
+# Both hold the windowed runs, whose noise alone makes r about 0.5 (Pearson 1897). Hence two more answers beside r:
+# `noise_correlations`, which r has to exceed, and `split_correlation`, where G and D have no noise in common.
 
 def corr(x, y) -> float:
     """Pearson's correlation r; NaN where one of the two is constant."""
@@ -763,19 +809,13 @@ def split_correlation(G, D) -> float:
     return float(np.mean(correlations))
 
 
-def gain_deficit(local, memory, full) -> tuple[float, list, float]:
-    """Does a memory gain where the window costs? The correlation over positions of its gain and the deficit.
+def gain_deficit(windowed, memory, full) -> tuple[float, list, float]:
+    """r of G and D (means over the seeds), its values for noise alone, and r of split seeds.
 
-    Three curves of bpb by position, (n,P) each: n seeds, P positions.
-
-        G = local - memory        D = local - full
-
-    Both hold `local`, so its noise alone makes r about 0.5 (Pearson 1897). Hence two more answers
-    beside r: `noise_correlations`, which r has to exceed, and `split_correlation`, where G and D have
-    no noise in common.
+    windowed, memory, full: bpb by position of the windowed baseline, the memory and global, (n,P) each.
     """
-    G = np.subtract(local, memory)
-    D = np.subtract(local, full)
+    G = np.subtract(windowed, memory)
+    D = np.subtract(windowed, full)
     return corr(G.mean(0), D.mean(0)), noise_correlations(G, D), split_correlation(G, D)
 
 
@@ -791,23 +831,24 @@ def pareto(points) -> list[int]:
     return best
 
 
-def log_curve(run: Run, cost: str) -> tuple[np.ndarray, np.ndarray]:
+def log_curve(run: RunRecord, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """The evaluations during training, in order: what had been spent (`minutes` or `flops`), and bpb."""
-    key = "tokens"
-    unit = run.costs.get("flops_per_token", 0)
+    # the log counts tokens, which cost FLOPs, and seconds, which are 1/60 minute each
+    counted = "tokens"
+    cost_of_one = run.costs.get("flops_per_token", 0)
     if cost == "minutes":
-        key = "seconds"
-        unit = 1 / 60
+        counted = "seconds"
+        cost_of_one = 1 / 60
 
     points = []
     for entry in run.log:
-        if finite(entry.get(key)) and entry[key] * unit > 0:
-            points.append((entry[key] * unit, entry["val_bpb"]))
+        if finite(entry.get(counted)) and entry[counted] * cost_of_one > 0:
+            points.append((entry[counted] * cost_of_one, entry["val_bpb"]))
     points = np.array(sorted(points)).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
-def at_budget(run: Run, cost: str, budget: float) -> float:
+def at_budget(run: RunRecord, cost: str, budget: float) -> float:
     """bpb once `budget` was spent, linear in log(cost) between two evaluations; NaN outside of them."""
     spent, bpb = log_curve(run, cost)
     if len(spent) == 0:
@@ -862,15 +903,15 @@ def score_table(cells) -> str:
     rows = []
     for c in cells:
         # the standard deviation over seeds needs two of them
-        score = f"{c.mean():.5f}"
+        bpb = f"{c.mean():.5f}"
         if len(c.runs) > 1:
-            score += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
+            bpb += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
 
         costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
         minutes = c.costs("minutes")
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
-        rows.append([c.T, c.label, len(c.runs), score, *costs.values()])
+        rows.append([c.T, c.label, len(c.runs), bpb, *costs.values()])
     return table(head, rows, left=2)
 
 
@@ -882,20 +923,39 @@ class Comparison(NamedTuple):
 
 
 def comparisons(cells) -> list[Comparison]:
-    """Every condition against local and against global; rmt also against its segments without memory tokens."""
+    """Every condition against the windowed baseline and against global, and against what is closest to it:
+
+    rmt against its segments without memory tokens, since to cut the text into segments costs
+    something; a memory in some layers against full attention in the same layers.
+    """
     found = []
     for c in cells:
-        if c.base == "local":
-            continue
-        # rmt cuts the text into segments, which costs something: rmt-0 shows what its memory alone is worth
-        names = ["local", "global"]
+        others = [baseline(c, cells, *WINDOWED), baseline(c, cells, "global"), in_its_place(c, cells)]
         if c.one.memory.startswith("rmt"):
-            names.append("rmt-0")
-        for name in names:
-            against = baseline(c, cells, name)
+            others.append(baseline(c, cells, "rmt-0"))
+        # the windowed baseline is compared with nothing: global is compared with it
+        if others[0] is c:
+            continue
+        for against in others:
             if against is not None and against is not c:
                 found.append(Comparison(c, against, paired(c.bpb(), against.bpb())))
     return found
+
+
+def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
+    """For a memory in some layers of a windowed model: the cell that has full attention in the same layers."""
+    config = cell.one.config
+    layers = config.get("memory_layers", "all")
+    if cell.one.memory == "none" or cell.one.window != "S" or not re.fullmatch(r"\d+(\+\d+)*", layers):
+        return None
+    chosen = set(map(int, layers.split("+")))
+    letters = "".join("L" if layer in chosen else "S" for layer in range(config["n_layer"]))
+    for other in cells:
+        # the pattern of the other, tiled over the layers
+        tiled = (other.one.window * len(letters))[:len(letters)]
+        if (other.study, other.T, other.one.memory, tiled) == (cell.study, cell.T, "none", letters):
+            return other
+    return None
 
 
 def other_differences(comparison: Comparison) -> list[str]:
@@ -908,21 +968,24 @@ def other_differences(comparison: Comparison) -> list[str]:
 def mechanism_table(cells) -> str:
     """Every paired difference with its two tests. All tests of one kind are one family for Holm's correction."""
     family = comparisons(cells)
-    adjusted_t = holm([c.pairs.p_t for c in family])
-    adjusted_flip = holm([c.pairs.p_flip for c in family])
+    adjusted_t = holm([pairs.p_t for _, _, pairs in family])
+    adjusted_flip = holm([pairs.p_flip for _, _, pairs in family])
 
     rows = []
     notes = {}
     for i, comparison in enumerate(family):
         cell, against, p = comparison
-        rows.append([cell.T, cell.label, against.label, len(p.seeds), interval(p.mean, p.lo, p.hi),
+        # what could have been seen is worth telling where nothing was
+        smallest = f"{1000 * detectable(p.diffs):.1f}" if p.lo <= 0 <= p.hi else None
+        rows.append([cell.T, cell.label, against.label, len(p.seeds), interval(p.mean, p.lo, p.hi), smallest,
                      show_p(p.p_t, adjusted_t[i]), show_p(p.p_flip, adjusted_flip[i])])
         different = other_differences(comparison)
         if different:
             # a dict, since lines of several T may be the same
             notes[f"- {cell.label} and {against.label}: {', '.join(different)}\n"] = True
 
-    head = ["T", "condition", "against", "n", "Δ mBPB [95% CI]", "t test p (Holm)", "sign-flip p (Holm)"]
+    head = ["T", "condition", "against", "n", "Δ mBPB [95% CI]", "could be seen",
+            "t test p (Holm)", "sign-flip p (Holm)"]
     text = table(head, rows, left=3)
     if notes:
         text += "\nNot only memory and window differ here:\n\n" + "".join(notes)
@@ -930,15 +993,15 @@ def mechanism_table(cells) -> str:
 
 
 class PositionCurves(NamedTuple):
-    """bpb by position of a memory and its two baselines, (n,P) each: n seeds, P buckets of positions."""
+    """bpb by position of a condition and its two baselines, (n,P) each: n seeds, P buckets of positions."""
     cell: Cell
     positions: list
-    local: np.ndarray
+    windowed: np.ndarray
     memory: np.ndarray
     full: np.ndarray
 
 
-def grid(run: Run) -> tuple[list, list]:
+def measured_on(run: RunRecord) -> tuple[list, list]:
     """What the run's curve was measured on: the positions, and the bytes in each of their buckets."""
     return list(run.curve), run.bucket_bytes
 
@@ -948,33 +1011,42 @@ def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
     return np.array([list(cell.runs[seed].curve.values()) for seed in seeds])
 
 
-def position_curves(cells) -> Iterator[PositionCurves]:
-    """The curves of every memory that has a local and a global baseline, for the seeds that all three have.
+def ends(cell: Cell, cells: list[Cell]) -> tuple[Cell | None, Cell | None]:
+    """The two baselines that a condition lies between, windowed and global; None, None if it lacks one or is one."""
+    windowed = baseline(cell, cells, *WINDOWED)
+    full = baseline(cell, cells, "global")
+    if windowed is None or full is None or cell is windowed or cell is full:
+        return None, None
+    return windowed, full
 
-    Curves compare only if they were measured on the same tokens: a seed with another `grid` is left out.
+
+def position_curves(cells) -> Iterator[PositionCurves]:
+    """The curves of every condition between a windowed and a global baseline, for the seeds that all three have.
+
+    Curves compare only if they were measured on the same tokens: a seed whose three curves were not is left out.
     """
     for c in cells:
-        local = baseline(c, cells, "local")
-        full = baseline(c, cells, "global")
-        if c.one.memory == "none" or local is None or full is None:
+        windowed, full = ends(c, cells)
+        if windowed is None:
             continue
-        shared = sorted(local.runs.keys() & c.runs.keys() & full.runs.keys())
-        grids = [grid(local.runs[seed]) for seed in shared if local.runs[seed].curve]
-        if not grids:
+        shared = sorted(windowed.runs.keys() & c.runs.keys() & full.runs.keys())
+        measured = [measured_on(windowed.runs[seed]) for seed in shared if windowed.runs[seed].curve]
+        if not measured:
             continue
 
-        seeds = []
-        for seed in shared:
-            if grids[0] == grid(local.runs[seed]) == grid(c.runs[seed]) == grid(full.runs[seed]):
-                seeds.append(seed)
+        # the first seed that has a curve says where all have to be measured
+        first = measured[0]
+        trio = (windowed, c, full)
+        seeds = [seed for seed in shared if all(measured_on(cell.runs[seed]) == first for cell in trio)]
         if seeds:
-            curves = [stacked_curves(cell, seeds) for cell in (local, c, full)]
-            yield PositionCurves(c, grids[0][0], *curves)
+            positions, _ = first
+            curves = [stacked_curves(cell, seeds) for cell in trio]
+            yield PositionCurves(c, positions, *curves)
 
 
 def recombination(cells) -> str:
     """A sentence: is bpb of all position buckets together the bpb of the run, as it has to be?"""
-    def error(run: Run) -> float:
+    def error(run: RunRecord) -> float:
         return abs(run.recombined - run.bpb)
 
     runs = [run for run in all_runs(cells) if run.curve]
@@ -990,34 +1062,104 @@ def recombination(cells) -> str:
     return text + "\n"
 
 
-def position_table(cells) -> str:
-    """Deficit, gain, closure, and the correlation of gain and deficit, for every memory."""
+class WonBack(NamedTuple):
+    """What a condition wins back of what the window costs, over the seeds that it and both baselines have."""
+    cell: Cell
+    windowed: Cell
+    full: Cell
+    gain: Paired              # windowed - condition, in bpb
+    deficit: Paired           # windowed - global
+
+
+def won_back(cells) -> Iterator[WonBack]:
+    """The gain of every condition between a windowed and a global baseline, wherever they share seeds."""
+    for c in cells:
+        windowed, full = ends(c, cells)
+        if windowed is None:
+            continue
+        shared = windowed.runs.keys() & c.runs.keys() & full.runs.keys()
+        if shared:
+            low, here, high = [{seed: cell.runs[seed].bpb for seed in shared} for cell in (windowed, c, full)]
+            yield WonBack(c, windowed, full, paired(low, here), paired(low, high))
+
+
+def closure_text(G, D) -> str:
+    """The closure and its interval as percentages, or why there is none."""
+    share = closure(G, D)
+    if isinstance(share, str):
+        return share
+    ratio, lo, hi = share
+    return f"{100 * ratio:.0f}% [{100 * lo:.0f}, {100 * hi:.0f}]"
+
+
+def won_back_table(cells) -> str:
+    """Gain and closure of every condition: over all positions, and in bands that double."""
+    curves = {id(found.cell): found for found in position_curves(cells)}
     rows = []
-    for c, positions, local, memory, full in position_curves(cells):
-        n = len(local)
+    for c, windowed, full, gain, deficit in won_back(cells):
+        row = [c.T, c.label, len(gain.seeds), interval(gain.mean, gain.lo, gain.hi), closure_text(gain.diffs, deficit.diffs)]
+        # a band begins at 0, T/8, T/4 and T/2; a bucket belongs to the band that it begins in
+        begins = [0, c.T / 8, c.T / 4, c.T / 2, c.T]
+        for begin, end in itertools.pairwise(begins):
+            text = None
+            if id(c) in curves:
+                _, positions, low, here, high = curves[id(c)]
+                inside = [begin <= position < end for position in positions]
+                text = closure_text((low - here)[:, inside].sum(1), (low - high)[:, inside].sum(1)) if any(inside) else None
+            row.append(text)
+        rows.append(row)
+    head = ["T", "condition", "n", "gain mBPB [95% CI]", "closure [95% CI]", "in 0–T/8", "in T/8–T/4", "in T/4–T/2",
+            "in T/2–T"]
+    return table(head, rows, left=2)
+
+
+def length_table(cells) -> str:
+    """Several training lengths side by side: scores, then the deficit, then closures. Nothing for one length."""
+    lengths = lengths_of(cells)
+    if len(lengths) < 2:
+        return ""
+    scores = {}        # condition -> {T: text}
+    deficits = {}
+    closures = {}
+    for c in cells:
+        seeds = list(c.bpb().values())
+        spread = f" ± {np.std(seeds, ddof=1):.4f}" if len(seeds) > 1 else ""
+        scores.setdefault(c.label, {})[c.T] = f"{c.mean():.4f}{spread}"
+    for c, windowed, full, gain, deficit in won_back(cells):
+        name = f"deficit: {windowed.label} − {full.label}, mBPB"
+        deficits.setdefault(name, {})[c.T] = interval(deficit.mean, deficit.lo, deficit.hi)
+        closures.setdefault(f"closure of {c.label}", {})[c.T] = closure_text(gain.diffs, deficit.diffs)
+
+    rows = []
+    for name, by_length in (scores | deficits | closures).items():
+        rows.append([name, *[by_length.get(T) for T in lengths]])
+    return table(["", *[f"T = {T}" for T in lengths]], rows)
+
+
+def position_table(cells) -> str:
+    """Deficit, gain and their correlation over positions, for every condition."""
+    rows = []
+    for c, positions, windowed, memory, full in position_curves(cells):
+        n = len(windowed)
         if n < MIN_SEEDS:
-            rows.append([c.T, c.label, n, NOT_ENOUGH, None, None, None, None, None])
+            rows.append([c.T, c.label, n, NOT_ENOUGH, None, None, None, None])
             continue
 
-        # sums over positions, one for each seed; shown as means over positions, in mBPB
-        D = (local - full).sum(1)
-        G = (local - memory).sum(1)
-        scale = 1000 / len(positions)
-
-        share = closure(G, D)
-        r, noise, split = gain_deficit(local, memory, full)
+        # means over positions, one for each seed
+        D = (windowed - full).mean(1)
+        G = (windowed - memory).mean(1)
+        r, noise, split = gain_deficit(windowed, memory, full)
         rows.append([
             c.T, c.label, n,
-            interval(*t_interval(D), scale),
-            interval(*t_interval(G), scale),
-            share if isinstance(share, str) else interval(*share, scale=1),
+            interval(*t_interval(D)),
+            interval(*t_interval(G)),
             f"{r:.2f}",
             f"{np.mean(noise):.2f}, highest of {len(noise)}: {max(noise):.2f}",
             f"{split:.2f}",
         ])
 
-    head = ["T", "memory", "n", "mean D mBPB [95% CI]", "mean G mBPB [95% CI]", "closure ΣG/ΣD [95% CI]", "r(G, D)",
-            "r of noise alone", "r, split seeds"]
+    head = ["T", "condition", "n", "mean D mBPB [95% CI]", "mean G mBPB [95% CI]", "r(G, D)", "r of noise alone",
+            "r, split seeds"]
     text = table(head, rows, left=2)
     if rows:
         text += "\n" + recombination(cells)
@@ -1076,14 +1218,14 @@ def matched_rows(cells, cost: str) -> list[list]:
         values = {seed: at_budget(run, cost, budget) for seed, run in c.runs.items()}
         there[c.label] = {seed: bpb for seed, bpb in values.items() if not math.isnan(bpb)}
 
-    # differences from local, or from global where local has no log
-    unit = "FLOPs" if cost == "flops" else cost
+    # differences from the windowed baseline, or from global where that has no log
+    cost_name = "FLOPs" if cost == "flops" else cost
     rows = []
     for c in logged:
         values = there[c.label]
-        score = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
-        row = [c.T, f"{human(budget)} {unit}", c.label, len(values), score, None, None]
-        against = baseline(c, logged, "local", "global")
+        bpb_there = f"{np.mean(list(values.values())):.5f}" if values else "first evaluated later"
+        row = [c.T, f"{human(budget)} {cost_name}", c.label, len(values), bpb_there, None, None]
+        against = baseline(c, logged, *WINDOWED, "global")
         if against is not None and against is not c:
             p = paired(values, there[against.label])
             row[-2:] = [against.label, interval(p.mean, p.lo, p.hi)]
@@ -1110,10 +1252,13 @@ def reach(values) -> float:
     return min(largest, 5 * typical) if typical > 0 else largest
 
 
-def draw_difference(ax, y: float, c: Comparison, far: float, ends: tuple) -> None:
-    """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`."""
-    style = look(c.cell.label)
-    mean = 1000 * float(np.mean(c.pairs.diffs))
+def draw_difference(ax, y: float, cell: Cell, pairs: Paired, far: float, ends: tuple) -> None:
+    """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`.
+
+    far, and ends, where the axis begins and ends, are in mBPB.
+    """
+    style = look(cell.label)
+    mean = 1000 * float(np.mean(pairs.diffs))
     if abs(mean) > far:
         left, right = ends
         if mean > 0:
@@ -1123,44 +1268,46 @@ def draw_difference(ax, y: float, c: Comparison, far: float, ends: tuple) -> Non
         return
 
     # in mBPB: the seeds, then the interval as a bar and the mean as a tick on it
-    diffs = 1000 * np.array(c.pairs.diffs)
+    diffs = 1000 * np.array(pairs.diffs)
     ax.plot(diffs, [y + 0.22] * len(diffs), **style, linestyle="none", ms=6, alpha=0.8, mew=0)
-    if not math.isnan(c.pairs.mean):
-        ax.plot([1000 * c.pairs.lo, 1000 * c.pairs.hi], [y - 0.08] * 2, color=style["color"], lw=2)
+    if not math.isnan(pairs.mean):
+        ax.plot([1000 * pairs.lo, 1000 * pairs.hi], [y - 0.08] * 2, color=style["color"], lw=2)
         ax.plot(mean, y - 0.08, "|", color=style["color"], ms=13, mew=3)
 
 
 def figure_differences(cells):
-    """Differences from local (or global), paired by seed, with a panel for each length."""
+    """Differences from the windowed baseline (or global), paired by seed, with a panel for each length."""
     # one baseline for each condition, so that the rows compare; rmt against rmt-0 besides
     shown = []
-    for c in comparisons(cells):
-        usual = c.against is baseline(c.cell, cells, "local", "global")
-        if c.pairs.seeds and (usual or c.against.base == "rmt-0"):
-            shown.append(c)
+    for comparison in comparisons(cells):
+        cell, against, pairs = comparison
+        is_chosen = against is baseline(cell, cells, *WINDOWED, "global") or against.base == "rmt-0"
+        if pairs.seeds and is_chosen:
+            shown.append(comparison)
     if not shown:
         return None
 
     # all panels share the axis: it holds everything of the rows whose mean is not an outlier
-    far = 1000 * reach([np.mean(c.pairs.diffs) for c in shown])
-    ends = [0.0]
-    for c in shown:
-        if abs(np.mean(c.pairs.diffs)) * 1000 <= far:
-            ends += [1000 * x for x in (*c.pairs.diffs, c.pairs.lo, c.pairs.hi)]
-    ends = float(np.nanmin(ends)), float(np.nanmax(ends))
+    far = 1000 * reach([np.mean(pairs.diffs) for _, _, pairs in shown])
+    drawn = [0.0]
+    for _, _, pairs in shown:
+        if abs(np.mean(pairs.diffs)) * 1000 <= far:
+            drawn += [1000 * x for x in (*pairs.diffs, pairs.lo, pairs.hi)]
+    ends = float(np.nanmin(drawn)), float(np.nanmax(drawn))
 
-    rows_of = Counter(c.cell.T for c in shown)
+    # a panel is as high as it has rows
+    rows_of = Counter(cell.T for cell, _, _ in shown)
     heights = [0.9 + 0.42 * rows_of[T] for T in sorted(rows_of)]
     figure, axes = panels(len(heights), 1, (8, 0.5 + sum(heights)), sharex=True, height_ratios=heights)
     for ax, T in zip(axes[:, 0], sorted(rows_of)):
-        here = [c for c in shown if c.cell.T == T]
+        here = [comparison for comparison in shown if comparison.cell.T == T]
         usual = here[0].against.label
         names = []
-        for y, c in enumerate(here):
-            draw_difference(ax, y, c, far, ends)
-            name = f"{c.cell.label}, n={len(c.pairs.seeds)}"
-            if c.against.label != usual:
-                name += f"\nagainst {c.against.label}"
+        for y, (cell, against, pairs) in enumerate(here):
+            draw_difference(ax, y, cell, pairs, far, ends)
+            name = f"{cell.label}, n={len(pairs.seeds)}"
+            if against.label != usual:
+                name += f"\nagainst {against.label}"
             names.append(name)
         ax.axvline(0, color="black", lw=1)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
@@ -1170,14 +1317,54 @@ def figure_differences(cells):
     return figure
 
 
-def draw_curve(ax, x, curves, label: str, color: str, linestyle: str) -> None:
+def draw_seeds_and_mean(ax, x, curves, label: str, color: str, linestyle: str) -> None:
     """The seeds' curves (n,P) as points, and their mean as a line."""
     ax.plot(np.tile(x, len(curves)), curves.ravel(), ".", color=color, ms=4, alpha=0.4, mew=0)
     ax.plot(x, curves.mean(0), color=color, linestyle=linestyle, lw=1.6, label=label)
 
 
+def figure_won_back(cells):
+    """bpb against the size of the state, between the two baselines, with a panel for each length."""
+    found = [won for won in won_back(cells) if won.cell.costs("state_bytes")]
+    if not found:
+        return None
+    hollow = further_variants(cells)
+    lengths = sorted({won.cell.T for won in found})
+    figure, axes = panels(1, len(lengths), (max(6, 4.6 * len(lengths)), 4.6))
+    handles = {}
+    for ax, T in zip(axes[0], lengths):
+        here = [won for won in found if won.cell.T == T]
+        windowed = here[0].windowed
+        full = here[0].full
+        for cell in (windowed, full):
+            ax.axhline(cell.mean(), color=look(cell.label)["color"], lw=1.2, zorder=0)
+            ax.annotate(cell.label, (1, cell.mean()), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        for won in here:
+            # the mean and its interval are those of the difference, paired by seed, below the baseline's line
+            style = look(won.cell.label)
+            fill = "white" if won.cell.label in hollow else style["color"]
+            x = float(np.median(won.cell.costs("state_bytes")))
+            y = windowed.mean() - float(np.mean(won.gain.diffs))
+            handles[won.cell.label], = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+            if not math.isnan(won.gain.mean):
+                ax.plot([x, x], windowed.mean() - np.array([won.gain.lo, won.gain.hi]), color=style["color"], lw=1.2)
+        ax.set(title=f"T = {T}", xscale="log", xlabel=COSTS["state_bytes"])
+        ax.xaxis.set_major_formatter(human)
+    axes[0, 0].set_ylabel("validation bpb (bits per byte)")
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def further_variants(cells) -> set:
+    """The labels to draw hollow: a colour and marker stands solid for its first condition, hollow for others."""
+    first = {}
+    for c in cells:
+        first.setdefault(tuple(look(c.label).values()), c.label)
+    return {c.label for c in cells} - set(first.values())
+
+
 def figure_position(cells):
-    """D(p) and G(p) of every memory that has a local and a global baseline."""
+    """D(p) and G(p) of every condition between a windowed and a global baseline."""
     found = list(position_curves(cells))
     if not found:
         return None
@@ -1187,13 +1374,13 @@ def figure_position(cells):
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
 
-    for ax, (c, positions, local, memory, full) in zip(axes.flat, found):
-        deficit = 1000 * (local - full)
-        gain = 1000 * (local - memory)
+    for ax, (c, positions, windowed, memory, full) in zip(axes.flat, found):
+        deficit = 1000 * (windowed - full)
+        gain = 1000 * (windowed - memory)
         # a bucket is drawn at its middle; the last one ends at T
         middles = np.add(positions, np.diff(positions, append=c.T) / 2)
-        draw_curve(ax, middles, deficit, label="D", color="black", linestyle="--")
-        draw_curve(ax, middles, gain, label="G", color=look(c.label)["color"], linestyle="-")
+        draw_seeds_and_mean(ax, middles, deficit, label="D", color="black", linestyle="dashed")
+        draw_seeds_and_mean(ax, middles, gain, label="G", color=look(c.label)["color"], linestyle="solid")
         ax.axhline(0, color="black", lw=0.6)
 
         # the axis leaves out the most extreme 0.6% of the points; above there is room for the legend
@@ -1201,21 +1388,21 @@ def figure_position(cells):
         lo = min(lo, 0)
         hi = max(hi, 0)
         ax.set(ylim=(lo - 0.05 * (hi - lo), hi + 0.2 * (hi - lo)))
-        ax.set(title=f"{c.label}\nT = {c.T}, n = {len(local)}")
+        ax.set(title=f"{c.label}\nT = {c.T}, n = {len(windowed)}")
         ax.locator_params(nbins=5)
 
     axes[0, 0].legend(fontsize=9, loc="upper center", ncols=2, frameon=False)
     figure.supxlabel("position in the row (tokens)")
-    figure.supylabel("dashed D = local − global\nsolid G = local − memory (mBPB)", fontsize=10, ma="center")
+    figure.supylabel("dashed D = windowed − global\nsolid G = windowed − condition (mBPB)", fontsize=10, ma="center")
     return figure
 
 
 def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
     """One panel of figure_pareto; returns label -> what the legend shows for it."""
     # a condition far above the best one is named in the title, and the axis stops below it
-    scores = [bpb for _, bpb in f.points]
-    low = min(scores)
-    above = [bpb - low for bpb in scores if bpb > low]
+    means = [bpb for _, bpb in f.points]
+    low = min(means)
+    above = [bpb - low for bpb in means if bpb > low]
     far = low + (reach(above) if above else 0.0)
     seen = []
     title = [f"T = {f.T}"]
@@ -1228,7 +1415,7 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
             title.append(f"↑ {c.label} {y:.3f}")
         style = look(c.label)
         fill = "white" if c.label in hollow else style["color"]
-        handles[c.label], = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+        [handles[c.label]] = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
         ax.plot([x] * len(seeds), seeds, **style, linestyle="none", ms=4, alpha=0.5, mew=0)
 
     # the frontier goes down in steps: what a budget between two points buys is the cheaper point
@@ -1244,13 +1431,13 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
     ax.xaxis.set_major_formatter(human)
 
     # the way there is drawn last and doesn't move the axis, since it begins far above and far left
-    window = ax.get_xlim()
+    limits = ax.get_xlim()
     if f.cost != "state_bytes":
         for run in all_runs(f.cells):
             spent, bpb = log_curve(run, f.cost)
             ax.plot(spent, bpb, color="gray", lw=0.6, alpha=0.5, zorder=0)
-    pad = 0.08 * (max(seen) - min(seen)) or 1e-3
-    ax.set(xlim=window, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[f.cost])
+    pad = 0.08 * (max(seen) - min(seen)) or 1e-3  # where all are equal the axis needs some height too
+    ax.set(xlim=limits, ylim=(min(seen) - pad, max(seen) + pad), xlabel=COSTS[f.cost])
     ax.set_title("\n".join(title), fontsize=10)
     return handles
 
@@ -1261,12 +1448,7 @@ def figure_pareto(cells):
     if not found:
         return None
 
-    # the first condition of a colour and marker is drawn solid, further variants of it are hollow
-    solid = {}
-    for c in cells:
-        solid.setdefault(tuple(look(c.label).values()), c.label)
-    hollow = {c.label for c in cells} - set(solid.values())
-
+    hollow = further_variants(cells)
     lengths = sorted({f.T for f in found})
     recorded = {f.cost for f in found}
     costs = [cost for cost in COSTS if cost in recorded]
@@ -1305,17 +1487,29 @@ DIFFERENCES = f"""
 Runs of one seed have read the same batches. So a difference is taken seed by seed, condition minus
 baseline, over the n seeds that both have. It is in mBPB (0.001 bits per byte); a negative one is better
 than the baseline. Below {MIN_SEEDS} seeds there is no interval and no test. In brackets stands Holm's
-correction, over all tests of this table, for each kind of test. With n pairs the exact sign-flip p
+correction, over all tests of this table, for each kind of test. Where the interval holds 0, "could be
+seen" is the smallest true difference that so many seeds, scattering like these, would have shown in
+four of five repetitions (power 0.8). With n pairs the exact sign-flip p
 can't be below 2/2^n, so with fewer than 6 it can't be below 0.05.
 """
 POSITION = """
-Does a memory help where the window hurts? In each bucket of positions, D = local − global is what the
-window costs (if negative, it helps), and G = local − memory is what the memory gains (if negative, it
-loses). Up to the window's length local and global see the same text, so a D there comes from
-training, not from what is seen. Closure is the share ΣG/ΣD that the memory wins back. It is undefined
-where D's own interval isn't above 0, since there is nothing to win back. r correlates G and D over
-positions. They share the local runs, so noise alone correlates them: r means something only if it is
+Does a memory help where the window hurts? In each bucket of positions, D = windowed − global is what the
+window costs (if negative, it helps), and G = windowed − condition is what the condition gains (if
+negative, it loses). Windowed is floor, or local where there is no floor. Up to the window's length
+windowed and global see the same text, so a D there comes from training, not from what is seen. r
+correlates G and D over positions. They share the windowed runs, so noise alone correlates them: r means something only if it is
 above all values of the noise *and* above 0 with split seeds.
+"""
+WON_BACK = """
+Windowed attention (floor, or local where there is no floor) is what a memory has to improve on, and
+global attention is the ceiling. The gain is windowed − condition; closure is the share
+(windowed − condition)/(windowed − global) of what the window costs. It is undefined where that cost's own
+interval isn't above 0, since there is nothing to win back. Beside the closure over all positions it
+stands for four bands of positions, from the first eighth of a row to its second half.
+"""
+LENGTHS = """
+Mean bpb ± standard deviation over seeds at each training length, what the window costs there, and the
+share of it that each condition wins back.
 """
 FRONTIER = """
 These are the conditions that no other beats, by being nowhere worse and somewhere better. Means are
@@ -1331,6 +1525,8 @@ than a run that was planned for this budget would.
 SECTIONS = (
     Section("Scores and costs", SCORES, score_table, None, ""),
     Section("Differences, paired by seed", DIFFERENCES, mechanism_table, figure_differences, "differences"),
+    Section("What each memory wins back", WON_BACK, won_back_table, figure_won_back, "won_back"),
+    Section("Training lengths", LENGTHS, length_table, None, ""),
     Section("Position", POSITION, position_table, figure_position, "position"),
     Section("Pareto frontier", FRONTIER, frontier_table, figure_pareto, "pareto"),
     Section("Matched compute", MATCHED, matched_table, None, ""),
@@ -1360,10 +1556,10 @@ def introduction(cells) -> str:
         if name in CONDITIONS:
             meanings += f"- {name}: {CONDITIONS[name]}\n"
     return (f"T is the training length in tokens. Trained with {setup_text(cells)}.\n\n"
-            "Some attention layers see a short window (S), the others all of the past (L); the last layer is "
-            f"always an L. The pattern is {USUAL_WINDOW}, repeated over the layers, unless a name ends with "
-            "another one; that of global is L. A memory in place of attention has no such layers. A name with "
-            "@ has the memory in these layers only, counted from 0.\n\n" + meanings)
+            "Some attention layers see a short window (S), the others all of the past (L). The pattern is "
+            f"{USUAL_WINDOW}, repeated over the layers, unless a name ends with another one; that of floor is S, that "
+            "of global L. A memory in place of attention has no such layers. A name with @ has the memory in these "
+            "layers only, counted from 0.\n\n" + meanings)
 
 
 def listing(title: str, lines: list[str]) -> str:

@@ -32,8 +32,10 @@ Glossary
     document        one file, story or article; in the token stream <|endoftext|> precedes it
     split           "train" or "val", what a document is used for
     key             the name of a file or a document in its corpus, the same on every machine
-    piece           <|endoftext|> and then successive tokens of one document, at most a row in all
+    piece           an <|endoftext|>, and behind it a document's text or a stretch of it; a row or less
     row             seq_len + 1 tokens: whole pieces without padding; x = row[:-1] and y = row[1:]
+    length, size    length is that of a text, in tokens, without <|endoftext|>; size is that of a piece, in tokens,
+                    with its <|endoftext|>; the size of anything else is in bytes
     plan            which pieces make up which row; it depends on the tokens and seq_len only
     epoch           every row of the plan once, in an order that is drawn from (seed, epoch)
 
@@ -497,11 +499,11 @@ class Text:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash that changes with the names, sizes and times of the files. It costs little, so every run checks it."""
-        files = []
+        facts = []
         for key, path, split in self.files:
             stat = path.stat()
-            files.append((key, split, stat.st_size, stat.st_mtime_ns))
-        return hashlib.sha256(repr((FORMAT, self.val_fraction, files)).encode()).hexdigest()
+            facts.append((key, split, stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(repr((FORMAT, self.val_fraction, facts)).encode()).hexdigest()
 
     def found(self) -> Iterator[Document]:
         """Yields every document of the files that is not blank."""
@@ -529,7 +531,7 @@ class Text:
     @functools.cached_property
     def survey(self) -> Survey:
         """Reads all documents once, to count them and to split them."""
-        # one list for each thing that is needed of a document
+        # one entry for each document
         draws = []
         splits = []
         sizes = []
@@ -542,16 +544,18 @@ class Text:
         if not draws:
             raise UserError(f"the dataset {self.name} has no text: its {len(self.files)} files are blank")
 
-        # the draw decides where the file does not; of even a few documents, one is for each split
+        # a document whose file tells no split goes where its draw sends it
         draws = np.array(draws)
         splits = np.array(splits)
         is_val = np.where(splits == "", draws < self.val_fraction, splits == "val")
+
+        # if the draws left a split without documents, the one that was nearest to it goes there
         if not is_val.any():
             is_val[draws.argmin()] = True
         if is_val.all():
             is_val[draws.argmax()] = False
 
-        # count bytes by split
+        # count bytes
         sizes = np.array(sizes)
         return Survey(is_val, size=int(sizes.sum()), train_size=int(sizes[~is_val].sum()),
                       replaced_bytes=sum(replaced), replaced_documents=int(np.count_nonzero(replaced)))
@@ -679,7 +683,11 @@ def find_text(dataset: str, cache: Path, quiet: bool = False) -> Text:
     if name == "fineweb-edu" and re.fullmatch("([1-9][0-9]{0,3})?", count):
         keys = ["val_000000.bin"]
         keys += [f"train_{i:06d}.bin" for i in range(1, int(count or 14) + 1)]
-        return Text(name, [File(key, get(f"{HUB}{FINEWEB}edu_fineweb_{key}"), key.split("_")[0]) for key in keys])
+        files = []
+        for key in keys:
+            path = get(f"{HUB}{FINEWEB}edu_fineweb_{key}")
+            files.append(File(key, path, split_in_name(key)))
+        return Text(name, files)
 
     # the other downloads are one or two files
     if dataset == "tinystories":
@@ -703,12 +711,12 @@ def find_text(dataset: str, cache: Path, quiet: bool = False) -> Text:
 # ----------------------------------------------------------------------------------------------------------------------
 # BPE training
 
-def training_chunks(text: Text, size: int = 1 << 16) -> Iterator[str]:
-    """Yields the training documents in chunks of `size` characters."""
+def training_chunks(text: Text, chunk: int = 1 << 16) -> Iterator[str]:
+    """Yields the training documents in chunks of `chunk` characters; the last one of a document may be shorter."""
     for document, is_val in zip(text.documents(), text.survey.is_val):
         if not is_val:
-            for at in range(0, len(document.text), size):
-                yield document.text[at:at + size]
+            for at in range(0, len(document.text), chunk):
+                yield document.text[at:at + chunk]
 
 
 def count_words(text: Text) -> Counter:
@@ -759,12 +767,15 @@ def merge_pair(pair: str, new: str, spelling: list[str], times: list[int], count
 
 
 def most_frequent(heap: list[tuple[int, str]], count: dict[str, int]) -> str | None:
-    """Takes the most frequent pair from the heap, or None if no pair is left."""
+    """Takes the most frequent pair from the heap, or None if no pair is left.
+
+    The heap's entries are (-count, pair), as heappop takes out the smallest.
+    """
     while heap:
-        entry, pair = heapq.heappop(heap)
-        if entry == -count[pair]:
+        negative, pair = heapq.heappop(heap)
+        if -negative == count[pair]:
             return pair
-        # the entry is out of date: the pair has got rarer since, or it no longer occurs
+        # this count is out of date: the pair has got rarer since, or it no longer occurs
         if count[pair]:
             heapq.heappush(heap, (-count[pair], pair))
     return None
@@ -782,7 +793,7 @@ def train_bpe(words: Counter, n_tokens: int) -> list[bytes]:
     spelling = [word.encode().decode("latin-1") for word in words]
     times = list(words.values())
 
-    # 2. Count every pair, and note in which words it occurs. The heap's smallest entry is the most frequent pair.
+    # 2. Count every pair, and note in which words it occurs.
     count, where = count_pairs(spelling, times)
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
@@ -805,25 +816,25 @@ def train_bpe(words: Counter, n_tokens: int) -> list[bytes]:
     return tokens
 
 
-def trained_tokens(size: int, text: Text, cache: Path, quiet: bool = False) -> list[bytes]:
-    """The tokens of bpe:SIZE without <|endoftext|>, from the cache or trained now. The file has tiktoken's format."""
-    path = cache_path(cache, text.name, f"-{text.fingerprint[:16]}-bpe{size}.tiktoken")
+def trained_tokens(n: int, text: Text, cache: Path, quiet: bool = False) -> list[bytes]:
+    """The tokens of bpe:N without <|endoftext|>, from the cache or trained now. The file has tiktoken's format."""
+    path = cache_path(cache, text.name, f"-{text.fingerprint[:16]}-bpe{n}.tiktoken")
     if path.exists():
         # each line is a token in base64, and its id
         with open(path, "rb") as file:
             tokens = [base64.b64decode(line.split()[0]) for line in file]
-        if len(tokens) == size - 1:
+        if len(tokens) == n - 1:
             return tokens
         print(f"note: {path} is damaged and is made again")
 
     # train, and keep the result
     began = time.time()
-    tokens = train_bpe(count_words(text), size - 1)
+    tokens = train_bpe(count_words(text), n - 1)
     with replacing(path) as file:
         for i, token in enumerate(tokens):
             file.write(base64.b64encode(token) + b" %d\n" % i)
     if not quiet:
-        print(f"trained bpe:{size} on {text.name} in {time.time() - began:.1f} s", file=sys.stderr)
+        print(f"trained bpe:{n} on {text.name} in {time.time() - began:.1f} s", file=sys.stderr)
     return tokens
 
 
@@ -850,14 +861,14 @@ def get_encoding(tokenizer: str, text: Text | None = None, cache: str | Path = "
 
     # bpe:N needs an N above the 256 bytes and <|endoftext|>, and a text to be trained on
     kind, _, other = tokenizer.partition("@")
-    is_bpe = re.fullmatch("bpe:[0-9]{3,6}", kind) and int(kind[4:]) > 257 and (text or other)
+    n = int(kind[4:]) if re.fullmatch("bpe:[0-9]{3,6}", kind) else 0
     if tokenizer == "byte":
         tokens = [bytes([i]) for i in range(256)]
         pattern = "(?s:.)"
-    elif is_bpe:
+    elif n > 257 and (text or other):
         if other:
             text = find_text(other, Path(cache), quiet)
-        tokens = trained_tokens(int(kind[4:]), text, Path(cache), quiet)
+        tokens = trained_tokens(n, text, Path(cache), quiet)
         pattern = WORDS
     else:
         raise UserError(f"there is no tokenizer {tokenizer!r}: gpt2, byte, bpe:N or bpe:N@CORPUS is "
@@ -903,22 +914,22 @@ def tokenize(text: Text, encoding: tiktoken.Encoding, folder: Path, quiet: bool 
     documents = zip(text.documents(), survey.is_val)
     threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val, threads:
-        files = {"train": train, "val": val}
+        streams = {"train": train, "val": val}
         while batch := list(itertools.islice(documents, 128)):
             texts = [document.text for document, _ in batch]
             encoded = threads.map(functools.partial(encode, encoding), texts)
             # write each to the file of its split, in the order of the text
             for (document, is_val), tokens in zip(batch, encoded):
                 split = "val" if is_val else "train"
-                files[split].write(np.concatenate([eos, tokens.astype(dtype)]).data)
+                streams[split].write(np.concatenate([eos, tokens.astype(dtype)]).data)
                 lengths[split].append(len(tokens))
                 done += len(document.text.encode())
             progress.update(done)
 
-    # where each document is, and which files there are
+    # where each document is, and of each split the files: path, offset in bytes, number of tokens
     files = {}
     for split in ("train", "val"):
-        # a document takes one token more than its text, the <|endoftext|> before it
+        # a document takes one token more than its text: the <|endoftext|> before it
         length = np.array(lengths[split])
         start = np.cumsum(length + 1) - length
         with replacing(folder / f"{split}.npy") as file:
@@ -1010,25 +1021,25 @@ class Plan(NamedTuple):
     """Which pieces make up which row."""
     first: np.ndarray       # (rows + 1,) row i is made of the pieces first[i] to first[i + 1] - 1
     start: np.ndarray       # (pieces,) where a piece's text starts in the token stream
-    length: np.ndarray      # (pieces,) its tokens, its <|endoftext|> included
+    size: np.ndarray        # (pieces,) a piece's tokens, its <|endoftext|> included
 
 
 class Pieces:
-    """The pieces that are still to be packed, by their length."""
+    """The pieces that are still to be packed, by their size."""
 
     def __init__(self):
-        self.by_size = defaultdict(list)    # length -> where the texts of the pieces of this length start
-        self.sizes = []                     # the lengths of which there is a piece, ascending
+        self.by_size = defaultdict(list)    # size -> where the texts of the pieces of this size start
+        self.sizes = []                     # the sizes of which there is a piece, ascending
 
     def add(self, start: int, size: int) -> None:
-        """Adds a piece of `size` tokens."""
+        """Adds a piece of `size` tokens whose text starts at `start`."""
         if not self.by_size[size]:
             insort(self.sizes, size)
         self.by_size[size].append(start)
 
     def take(self, gap: int) -> tuple[int, int]:
         """Takes out the largest piece of at most `gap` tokens, or if there is none, the largest of all."""
-        fitting = bisect_right(self.sizes, gap)     # so many of the lengths fit
+        fitting = bisect_right(self.sizes, gap)     # so many of the sizes fit
         i = fitting - 1 if fitting else len(self.sizes) - 1
         size = self.sizes[i]
         start = self.by_size[size].pop()
@@ -1037,8 +1048,8 @@ class Pieces:
         return start, size
 
 
-def pack(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
-    """Fills rows of exactly `row` tokens with pieces of 2 to row - 1 tokens, best-fit.
+def pack(start: np.ndarray, size: np.ndarray, row: int) -> Plan:
+    """Fills rows of exactly `row` tokens with pieces of 2 to row - 1 tokens, best-fit. start, size: as in Plan.
 
     A row takes the largest piece that fits into it, then the largest that fits into what is left of it, and so on. If
     none fits, the largest piece of all is cut: its head fills the row, and its rest becomes a piece with an
@@ -1053,23 +1064,23 @@ def pack(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
         row 2    .p            The pieces have run out. This row is not full, and it is dropped.
     """
     pieces = Pieces()
-    for text, size in zip(start.tolist(), length.tolist()):
-        pieces.add(text, size)
+    for at, taken in zip(start.tolist(), size.tolist()):
+        pieces.add(at, taken)
 
     first = [0]
     starts = []
-    lengths = []
+    sizes = []
     while pieces.sizes:
-        gap = row
+        gap = row       # tokens that the row still needs
         while gap > 1 and pieces.sizes:
-            text, size = pieces.take(gap)
-            if size > gap:
-                # cut it into an <|endoftext|> with gap - 1 tokens of text, and an <|endoftext|> with the others
-                pieces.add(text + gap - 1, size - gap + 1)
-                size = gap
-            starts.append(text)
-            lengths.append(size)
-            gap -= size
+            at, taken = pieces.take(gap)
+            if taken > gap:
+                # Cut it. The head takes gap - 1 tokens of text, and the rest gets an <|endoftext|> of its own.
+                pieces.add(at + gap - 1, taken - gap + 1)
+                taken = gap
+            starts.append(at)
+            sizes.append(taken)
+            gap -= taken
 
         # the pieces have run out: drop this row
         if gap > 1:
@@ -1077,12 +1088,12 @@ def pack(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
         # one token is left: it becomes an <|endoftext|> without a text
         if gap == 1:
             starts.append(0)
-            lengths.append(1)
+            sizes.append(1)
         first.append(len(starts))
 
     # the pieces of the dropped row are not part of the plan
     kept = first[-1]
-    return Plan(np.array(first, np.int64), np.array(starts[:kept], np.int64), np.array(lengths[:kept], np.int64))
+    return Plan(np.array(first, np.int64), np.array(starts[:kept], np.int64), np.array(sizes[:kept], np.int64))
 
 
 def plan_rows(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
@@ -1100,9 +1111,9 @@ def plan_rows(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
     before = np.cumsum(full) - full
     n = np.arange(full.sum()) - np.repeat(before, full)
     whole_start = np.repeat(start, full) + n * room
-    whole_length = np.full(len(whole_start), row)
+    whole_size = np.full(len(whole_start), row)
 
-    # what is left of each document, if anything, is a shorter piece
+    # what is left of each document, if anything, becomes a shorter piece with its <|endoftext|>
     rest = length % room
     rest_start = start + full * room
     packed = pack(rest_start[rest > 0], rest[rest > 0] + 1, row)
@@ -1111,7 +1122,7 @@ def plan_rows(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
     whole_first = np.arange(len(whole_start))
     return Plan(np.concatenate([whole_first, len(whole_start) + packed.first]),
                 np.concatenate([whole_start, packed.start]),
-                np.concatenate([whole_length, packed.length]))
+                np.concatenate([whole_size, packed.size]))
 
 
 @functools.lru_cache(maxsize=2)
@@ -1147,9 +1158,9 @@ class Corpus:
         self.eos = encoding.eot_token
 
         # the bytes that each token stands for
-        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
-        lengths[self.eos] = 0
-        self.token_bytes = torch.tensor(lengths)
+        sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
+        sizes[self.eos] = 0
+        self.token_bytes = torch.tensor(sizes)
 
         # the files stay on the disk; only what a batch reads gets into the memory
         self.parts = {}
@@ -1196,10 +1207,10 @@ class Corpus:
             at = 0
             for piece in range(plan.first[i], plan.first[i + 1]):
                 # the piece's <|endoftext|> is there already; its text comes behind it
-                length = int(plan.length[piece])
-                tokens[row, at + 1:at + length] = self.read(split, int(plan.start[piece]), length - 1)
-                position[row, at:at + length] = np.arange(length)
-                at += length
+                size = int(plan.size[piece])
+                tokens[row, at + 1:at + size] = self.read(split, int(plan.start[piece]), size - 1)
+                position[row, at:at + size] = np.arange(size)
+                at += size
         return torch.from_numpy(tokens), torch.from_numpy(position)
 
     def batch(self, step: int, rows: int, seq_len: int, seed: int,
@@ -1275,10 +1286,10 @@ def load(dataset: str, tokenizer: str, cache: str | Path = "out/data", quiet: bo
 def count_tokens(corpus: Corpus, split: str) -> np.ndarray:
     """(vocab_size,) how often each token occurs in a split."""
     counts = np.zeros(corpus.vocab_size, np.int64)
-    size = 1 << 22      # tokens at a time, so that a large corpus does not fill the memory
+    chunk = 1 << 22     # tokens at a time, so that a large corpus does not fill the memory
     for part in corpus.parts[split]:
-        for at in range(0, len(part), size):
-            counts += np.bincount(part[at:at + size], minlength=corpus.vocab_size)
+        for at in range(0, len(part), chunk):
+            counts += np.bincount(part[at:at + chunk], minlength=corpus.vocab_size)
     return counts
 
 

@@ -419,7 +419,7 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 
         q_i W_i + b_i = q_i W_start + b_start - s_i Σ_{j<=i} (q_i·k_j + 1) η_j ∇_j
     """
-    W_start, b_start, grad_W, grad_b, _ = state
+    W_start, b_start, earlier_W, earlier_b, _ = state
     K = len(token_scale)
     T = q.size(1)
 
@@ -429,31 +429,31 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
         sizes.append(min(K, T - sum(sizes)))
 
     q = q.transpose(1, 2)                                                               # (B,H,T,D)
-    targets = (v - k).transpose(1, 2).split(sizes, 2)
-    keys = k.transpose(1, 2).split(sizes, 2)
-    queries = q.split(sizes, 2)
+    k = k.transpose(1, 2)
+    targets = (v.transpose(1, 2) - k).split(sizes, 2)
     rates = lr.transpose(1, 2)[..., None].split(sizes, 2)                               # (B,H,·,1)
     ln_weight = ln_weight[:, None]                                                      # (H,1,D)
     ln_bias = ln_bias[:, None]
-    z_q = []                                                                            # q_i W_i + b_i
-    for n, size in enumerate(sizes):
-        # η_j ∇_j, all at the mini-batch's start
-        z = keys[n] @ W_start + b_start[:, :, None]
-        lr_grad = rates[n] * ttt_gradient(z, targets[n], ln_weight, ln_bias)
 
-        # what each query sees of its own mini-batch: first of the tokens in this piece (the 1 is
-        # the bias's share), and then of those that came with an earlier call, which only the first
-        # piece can have
-        own = (queries[n] @ keys[n].mT + 1).tril() @ lr_grad
-        if pos > 0:
-            own = own + queries[n] @ grad_W + grad_b[:, :, None]
-        scale = token_scale[pos:pos + size, None]
-        z_q.append(queries[n] @ W_start + b_start[:, :, None] - scale * own)
+    # The walk does only what the next mini-batch has to wait for.
+    seen = pos
+    grad_W = earlier_W
+    grad_b = earlier_b
+    W_starts = []
+    b_starts = []
+    lr_grads = []                                                                       # η_j ∇_j
+    for n, keys in enumerate(k.split(sizes, 2)):
+        # all gradients are taken at the mini-batch's start
+        z = keys @ W_start + b_start[:, :, None]
+        lr_grad = rates[n] * ttt_gradient(z, targets[n], ln_weight, ln_bias)
+        W_starts.append(W_start)
+        b_starts.append(b_start)
+        lr_grads.append(lr_grad)
 
         # the next mini-batch starts where this one ends
-        grad_W = grad_W + keys[n].mT @ lr_grad
+        grad_W = grad_W + keys.mT @ lr_grad
         grad_b = grad_b + lr_grad.sum(2)
-        pos = pos + size
+        pos = pos + keys.size(2)
         if pos == K:
             W_start = W_start - token_scale[-1] * grad_W
             b_start = b_start - token_scale[-1] * grad_b
@@ -461,7 +461,21 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
             grad_b = torch.zeros_like(b_start)
             pos = 0
 
-    o = q + layer_norm(torch.cat(z_q, 2), ln_weight, ln_bias)
+    # Then the queries of all mini-batches at once. Zeros stand for the tokens that the first and the
+    # last mini-batch lack: they ask for nothing.
+    def by_batch(x):
+        lacking = len(sizes) * K - seen - T
+        return F.pad(x, (0, 0, seen, lacking)).unflatten(2, (len(sizes), K))            # (B,H,n,K,D)
+
+    queries = by_batch(q)
+    own = (queries @ by_batch(k).mT + 1).tril() @ by_batch(torch.cat(lr_grads, 2))      # the 1 is the bias's share
+    if seen > 0:    # what the first mini-batch's tokens of an earlier call asked for
+        first = own[:, :, :1] + queries[:, :, :1] @ earlier_W[:, :, None] + earlier_b[:, :, None, None]
+        own = torch.cat([first, own[:, :, 1:]], 2)
+    z_q = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :] - token_scale[:, None] * own
+    z_q = z_q.flatten(2, 3)[:, :, seen:seen + T]
+
+    o = q + layer_norm(z_q, ln_weight, ln_bias)
     return o.transpose(1, 2), TTTState(W_start, b_start, grad_W, grad_b, torch.tensor(pos))
 
 

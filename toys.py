@@ -2,7 +2,7 @@ r"""Three toys that show what the memories do: minutes on a laptop, with picture
 
     python toys.py                                  all three, small: what was seen beside what the papers say
     python toys.py moons --seeds=20                 three moons (Memory Mosaics, section 3): figures 4, 5 and 6
-    python toys.py recall --model=local,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
+    python toys.py recall --model=floor,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
     python toys.py regbench --automata=100,1000     random automata: figure 11 and table 4
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
@@ -64,8 +64,8 @@ from torch import Tensor, nn
 
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
-from train import (FitConfig, changes, checked, fit, grid, pick_device, read_flags, run_all, run_name, save,
-                   save_json, say)
+from train import (FitConfig, changes, check_diverged, checked, fit, pick_device, read_flags, run_all, run_name, save,
+                   save_json, say, sweep_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. All configurations check themselves: a value or a combination that cannot be trained raises ValueError.
@@ -161,11 +161,11 @@ class Moons(Toy):
 class Length(Toy):
     """A task of TASKS: a model is trained on short sequences and tested on longer ones. A 0 below is the task's own."""
     task: str = option("recall", "the task", "toy")
-    model: str = option("local", "local (attention to a window), global (to all of the past), rmt-0 (rmt without "
+    model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
                         "(without erasing)", "toy")
     T: int = option(0, "training length, from 32 on; tests go up to 8 times as far; 0 = 64, of pairs 256", "toy", low=0)
-    window: int = option(16, "tokens in the window of local, persistent and knn, and in rmt's segment", "toy", low=1)
+    window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
@@ -262,7 +262,7 @@ def check_known(name: str, value: str, known) -> None:
 
 # Names of models -> settings of their Config: attention to compare with, then every memory. The names of the length
 # toys are the conditions of analyze.py, so that a model has one name and one colour everywhere.
-LENGTH_MODELS = {"local": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
+LENGTH_MODELS = {"floor": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
 REGBENCH_MODELS = {"rope": dict(pos="rope"), "learned": dict(pos="learned"), "none": dict(pos="none")}
 DELTANETS = {"deltanet-beta2": dict(memory="deltanet", delta_beta=2),
              "deltanet-steps2": dict(memory="deltanet", delta_beta=2, delta_steps=2),
@@ -1455,8 +1455,8 @@ for task in TASKS:
 COMMANDS["regbench"] = (RegBench, dict(model="rope,mosaic"))
 
 # What `python toys.py` runs: toys, and the flags that keep them small
-SHORT = {"moons": [], "recall": ["--model=local,global,deltanet,mosaic"], "regbench": [],
-         "parity": ["--model=global,deltanet,deltanet-beta2"], "capacity": ["--model=local,global,deltanet"]}
+SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": [],
+         "parity": ["--model=global,deltanet,deltanet-beta2"], "capacity": ["--model=floor,global,deltanet"]}
 
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
@@ -1474,7 +1474,7 @@ def read_toy(name: str, argv: list[str]) -> list[Toy]:
             raise UserError(f"--{flag}: expected one value{hint}")
 
     configs = []
-    for settings in grid(kind, begin | given):
+    for settings in sweep_points(kind, begin | given):
         cfg = checked(kind, **settings)
         for seed in range(1, cfg.seeds + 1):
             configs.append(replace(cfg, seed=seed))
@@ -1524,8 +1524,7 @@ def train_and_report(argv: list[str]) -> None:
         say("\nWhat was seen, beside what the papers say\n")
         say(analyze.table(["experiment", "what the papers say", "what was seen"], seen, left=3))
         say(f"every number: {out}/*/*/result.json")
-    if diverged:
-        raise UserError(f"{len(diverged)} of {len(configs)} models diverged: {', '.join(diverged)}; try a lower --lr")
+    check_diverged(diverged, len(configs))
 
 
 def main(argv: list[str] | None = None) -> int:

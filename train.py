@@ -10,7 +10,7 @@ the checkpoint before it, loss.png. The same command continues an interrupted ru
 the dropout of a step depend on (seed, step, rank) alone, and the log is cut back to the checkpoint.
 
 Glossary
-    step               one update of the weights by batch_size rows of max_seq_len tokens, summed over all ranks
+    step               one update of the weights by batch_size rows (those of all ranks) of max_seq_len tokens
     rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
     bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes
     MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
@@ -198,7 +198,8 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
     and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
     and at the end. describe(record, batch) returns more numbers for every record.
 
-    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM (with `out` only).
+    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM, be it in the last step (with
+    `out` only).
     """
     device = pick_device(cfg)
     model.to(device).train()
@@ -209,7 +210,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
     # Only the first rank writes; the others write to nowhere.
     writes = out is not None and rank() == 0
     log_path = out / "log.jsonl" if writes else Path(os.devnull)
-    progress = Progress(cfg.steps, step)
+    progress = TrainingProgress(cfg.steps, step)
     start = time.perf_counter()
     saved = step
     following = batch_fn(step) if step < cfg.steps else None
@@ -246,7 +247,10 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
                 if rank() == 0:
                     save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
                 saved = step
-            if stop and step < cfg.steps:
+            if step == cfg.steps:
+                # No later step would notice a signal that came during the last evaluation or save.
+                stop = all_reduce([bool(caught)], device).item()
+            if stop:
                 number = signal.Signals(caught[0] if caught else signal.SIGTERM)
                 raise Stopped(number, f"stopped by {number.name} after step {step}; the checkpoint is in {out}")
     return history
@@ -261,7 +265,7 @@ def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: i
 
 
 def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
-    """The model as it is run: compiled, and with several ranks averaging their gradients."""
+    """The model as `fit` calls it: compiled if cfg says so, and on several ranks made to average their gradients."""
     runner = torch.compile(model) if compiles(cfg) else model
     if world() == 1:
         return runner
@@ -320,9 +324,9 @@ def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
     total = torch.zeros((), device=device)
     for first in range(0, rows, micro):
         # The ranks exchange gradients in the last pass only.
-        more_to_come = first + micro < rows
-        quiet = more_to_come and isinstance(runner, DistributedDataParallel)
-        with runner.no_sync() if quiet else nullcontext():
+        is_last = first + micro >= rows
+        has_ranks = isinstance(runner, DistributedDataParallel)
+        with runner.no_sync() if has_ranks and not is_last else nullcontext():
             with autocast(cfg):
                 part = [t[first:first + micro] for t in batch]
                 loss = runner(*part) * (micro / rows)
@@ -332,7 +336,7 @@ def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
 
 
 def lr_at(step: int, cfg) -> float:
-    """Learning rate of the update number step + 1."""
+    """Learning rate of step number `step`, counted from 0."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
@@ -350,7 +354,7 @@ def lr_at(step: int, cfg) -> float:
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     """(N,m,n) matrices -> about U Vᵀ of each G = U S Vᵀ: a quintic Newton-Schulz iteration on the singular values."""
     X = G.bfloat16() if G.is_cuda else G
-    # X Xᵀ is smallest for a wide matrix.
+    # The iteration multiplies X Xᵀ, which is smaller if X is wide.
     is_tall = X.size(-2) > X.size(-1)
     if is_tall:
         X = X.mT
@@ -362,8 +366,11 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw"; the tests compare the two), but in float32 on a CPU, where its
-    bfloat16 products are three times slower than float32, and with one batched product for all matrices of a shape."""
+    """The update of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", made faster; a test compares the two.
+
+    All matrices of one shape are orthogonalised together, in batched products. On a CPU these are in float32, which
+    is three times as fast there as the bfloat16 of torch.optim.Muon.
+    """
 
     def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -402,8 +409,8 @@ def build_optimizer(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     """Muon for the model's hidden matrices (of every memory alike), AdamW for the rest. Vectors and scalars do not
     decay."""
     hidden = list(model.hidden_matrices()) if cfg.optimizer == "muon" else []
-    is_hidden = set(hidden)
-    rest = [p for p in model.parameters() if p.requires_grad and p not in is_hidden]
+    for_muon = set(hidden)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in for_muon]
 
     # One optimizer for each kind; a model may have parameters of one kind alone.
     optimizers = []
@@ -443,8 +450,8 @@ def find_checkpoint(out: Path) -> dict | None:
     paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
     for path in paths:
         try:
-            with zipfile.ZipFile(path) as whole:
-                broken = whole.testzip()
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
         except (zipfile.BadZipFile, EOFError) as e:
             broken = e
         if broken is None:
@@ -455,7 +462,7 @@ def find_checkpoint(out: Path) -> dict | None:
     return None
 
 
-def check_same(old: dict, cfg, where: Path) -> None:
+def check_same_settings(old: dict, cfg, where: Path) -> None:
     """Refuses to take up a run, or its result, with settings that would make it another one."""
     # How a run is executed may change. What the corpus fills in may not be known yet.
     free = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
@@ -483,7 +490,7 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     seconds = 0.0
     keep = 0  # bytes of the log
     if found is not None:
-        check_same(found["config"], cfg, out / "ckpt.pt")
+        check_same_settings(found["config"], cfg, out / "ckpt.pt")
         step = found["step"]
         seconds = found["seconds"]
         keep = found["log_bytes"]
@@ -543,12 +550,12 @@ def signals(listen: bool):
             signal.signal(number, handler)
 
 
-class Progress:
+class TrainingProgress:
     """One line that is rewritten on a terminal; else a line every 10 s, and one for each evaluation."""
 
     def __init__(self, steps: int, first: int):
         self.steps = steps
-        self.first = first
+        self.first = first  # steps that were done before this began
         self.terminal = sys.stdout.isatty()
         self.began = time.perf_counter()
         self.shown = self.began
@@ -559,7 +566,8 @@ class Progress:
         step = record["step"]
         now = time.perf_counter()
         keep = "val_bpb" in record or step == self.steps
-        if not keep and now - self.shown < (0.2 if self.terminal else 10):
+        pause = 0.2 if self.terminal else 10
+        if not keep and now - self.shown < pause:
             return
         self.shown = now
 
@@ -639,12 +647,18 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def uses_bf16(cfg) -> bool:
-    """Are matrix products in bfloat16? Raises UserError where the device is not there or cannot do it."""
-    on_cuda = pick_device(cfg).type == "cuda"
-    if cfg.dtype == "bfloat16" and not on_cuda:
+def check_device(cfg) -> torch.device:
+    """pick_device(cfg). Raises UserError if there is no such device, or if it cannot compute in cfg.dtype."""
+    device = pick_device(cfg)
+    if cfg.dtype == "bfloat16" and device.type == "cpu":
         raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
-    if on_cuda and cfg.dtype == "auto":
+    return device
+
+
+def uses_bf16(cfg) -> bool:
+    """Are matrix products in bfloat16? Raises what check_device raises."""
+    device = check_device(cfg)
+    if cfg.dtype == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
     return cfg.dtype == "bfloat16"
 
@@ -674,27 +688,29 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     """
     device = pick_device(cfg)
     T = cfg.max_seq_len
-    share = cfg.batch_size // world()
+    # As many rows at once as in a forward pass of the training, so that the memory suffices.
+    rows = cfg.batch_size // world()
+    rows = min(cfg.device_batch_size or rows, rows)
 
-    def score(x, y):
+    def nats_of(x, y):
         logits = model.stream(x)[0]
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
     # Compiled with the loss in it, neither float32 logits nor the state need be written to memory. The last batch can
     # be smaller: it gets a graph of its own, because one for all sizes would be slower for the rest of the run.
     if compiles(cfg):
-        score = torch.compile(score, dynamic=False)
+        nats_of = torch.compile(nats_of, dynamic=False)
 
-    # Each rank scores every world-th batch; then the sums are added up.
-    length = corpus.token_bytes.to(device)
+    # Each rank reads every world-th batch; then the sums are added up.
+    token_bytes = corpus.token_bytes.to(device)
     sums = torch.zeros(3, T, dtype=torch.float64, device=device)  # nats, bytes and targets at each position
-    batches = corpus.eval_batches(T, min(cfg.device_batch_size or share, share), cfg.eval_tokens or None)
+    batches = corpus.eval_batches(T, rows, cfg.eval_tokens or None)
     for x, y, _ in itertools.islice(batches, rank(), None, world()):
         x = x.to(device)
         y = y.to(device)
         with autocast(cfg):
-            nats = score(x, y)
-        size = length[y]                                          # (rows, T) bytes
+            nats = nats_of(x, y)
+        size = token_bytes[y]                                     # (rows, T) bytes
         scored = size > 0
         values = torch.stack([nats.double() * scored, size.double(), scored.double()])
         sums += values.sum(1)
@@ -738,7 +754,7 @@ def reset_peak_memory(device) -> None:
 
 
 def peak_memory_mib(device) -> dict:
-    """The most memory that the GPU (peak_vram_mib) and the process (peak_rss_mib) have used, in MiB."""
+    """The most memory that the GPU (peak_vram_mib; 0 on a CPU) and the process (peak_rss_mib) have used, in MiB."""
     rss = 0.0
     status = Path("/proc/self/status")
     if status.exists():
@@ -748,6 +764,11 @@ def peak_memory_mib(device) -> dict:
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     vram = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     return dict(peak_vram_mib=round(vram, 1), peak_rss_mib=round(rss, 1))
+
+
+def peak_mib(result: dict) -> float | None:
+    """Of the two that a result holds, the GPU's peak if it used one, else the process's."""
+    return result.get("peak_vram_mib") or result.get("peak_rss_mib")
 
 
 def count_params(config: Config) -> int:
@@ -764,10 +785,9 @@ def sample_text(model: GPT, corpus, cfg: RunConfig, device) -> str:
     n = min(cfg.sample_tokens, cfg.max_seq_len - 1)
     with autocast(cfg):
         tokens = model.generate(start, n, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
-    # The vocabulary may be padded beyond the tokenizer's; such tokens, and end-of-text, have no text.
-    known = len(corpus.token_bytes)
-    tokens = [t for t in tokens if t < known and corpus.token_bytes[t] > 0]
-    return corpus.encoding.decode(tokens, errors="replace")
+    # End-of-text is the tokenizer's last token; behind it the model's vocabulary may be padded. Neither has a text.
+    with_text = [t for t in tokens if t < corpus.eos]
+    return corpus.encoding.decode(with_text, errors="replace")
 
 
 def tokens_per_second(cfg: RunConfig, history: list[dict]) -> float:
@@ -776,28 +796,31 @@ def tokens_per_second(cfg: RunConfig, history: list[dict]) -> float:
 
 
 @torch.no_grad()
-def measure(model: GPT, corpus, cfg: RunConfig, history: list[dict]) -> dict:
-    """What a trained model is and what it costs."""
+def measure_costs(model: GPT, corpus, cfg: RunConfig, history: list[dict]) -> dict:
+    """What a trained model costs: parameters, FLOPs, state, time, memory; and its sample and its curve of losses."""
     device = pick_device(cfg)
     config = model.config
     total = count_params(config)
     without = count_params(replace(config, memory="none", memory_layers="all"))
     with autocast(cfg):
         _, filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))
-    curve = [{key: r[key] for key in ("step", "seconds", "tokens", "val_bpb")} for r in history if "val_bpb" in r]
+    keys = ("step", "seconds", "tokens", "val_bpb")
+    curve = [{key: r[key] for key in keys} for r in history if "val_bpb" in r]
+    peaks = peak_memory_mib(device)  # before the sample, which is no part of the costs
+    sample = sample_text(model, corpus, cfg, device) if cfg.sample_tokens else ""
     return dict(train_tokens=cfg.steps * cfg.batch_size * cfg.max_seq_len, total_params=total,
                 memory_params=total - without, flops_per_token=model.flops_per_token(cfg.max_seq_len),
                 state_bytes=state_bytes(filled), total_time_min=history[-1]["seconds"] / 60,
-                tokens_per_second=tokens_per_second(cfg, history), **peak_memory_mib(device),
-                sample=sample_text(model, corpus, cfg, device) if cfg.sample_tokens else "", curve=curve)
+                tokens_per_second=tokens_per_second(cfg, history), **peaks, sample=sample, curve=curve)
 
 
 def plot_losses(history: list[dict], path: Path) -> None:
     """loss.png: bits per byte in training (the mean of 20 steps) and in validation, against the step."""
     import analyze
     steps = [r["step"] for r in history]
-    # the history begins with step 1, so n steps are its first n records
-    smooth = [mean(r["bpb"] for r in history[max(n - 20, 0):n]) for n in steps]
+    losses = [r["bpb"] for r in history]
+    # Each step together with the 19 before it, or with as many as there are.
+    smooth = [mean(losses[max(i - 19, 0):i + 1]) for i in range(len(losses))]
     measured = [r for r in history if "val_bpb" in r]
 
     figure, axes = analyze.panels(1, 1, (7, 4.5))
@@ -818,11 +841,11 @@ GROUPS = ("toy", "architecture", "memory", "data", "optimisation", "run")  # the
 
 def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=None, fixed: tuple = (),
                words: str = "") -> tuple[dict, list[str]]:
-    """argv -> the flags that were given (name -> text; a tuple's flag can be given several times: name -> texts), and
-    the words that are no flags.
+    """Reads a command line. Returns a dict, name -> text, of the flags that were given, and a list of the other words.
 
-    Every field of the dataclass `kind` is a flag --name=value, but those in `fixed`. shown: a configuration whose
-    values --help gives as the defaults. words: what --help says of the words; "" allows none. Raises UserError.
+    Every field of the dataclass `kind` is a flag --name=value, except those in `fixed`. The flag of a field that is a
+    tuple may be repeated, and the dict has a list of its texts. shown: a configuration whose values --help gives as
+    the defaults. words: what --help says of the other words; "" allows none. Raises UserError.
     """
     known = {f.name: f for f in fields(kind) if f.name not in fixed}
     parser = data.Parser(usage=usage, description=description, allow_abbrev=False,
@@ -853,7 +876,7 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
 
 
 def parse_value(kind: type, name: str, text: str):
-    """The value that a flag of this dataclass says in words."""
+    """The text of a flag -> its value, of the type that this field of the dataclass has. Raises UserError."""
     wanted = kind.__dataclass_fields__[name].type
     try:
         if wanted is bool:
@@ -864,7 +887,7 @@ def parse_value(kind: type, name: str, text: str):
         raise UserError(f"--{name}={text}: expected {expected}") from None
 
 
-def grid(kind: type, flags: dict[str, str]) -> list[dict]:
+def sweep_points(kind: type, flags: dict[str, str]) -> list[dict]:
     """Commas in a value make a sweep: the settings of every point of the grid, in the order given, seeds innermost."""
     names = sorted(flags, key=lambda name: name == "seed")
     values = [[parse_value(kind, name, text) for text in flags[name].split(",")] for name in names]
@@ -913,9 +936,9 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
         path = cfg.folder / "result.json"
         if path.is_file():
             results[cfg.folder] = json.loads(path.read_text())
-            check_same(results[cfg.folder]["config"], cfg, path)
+            check_same_settings(results[cfg.folder]["config"], cfg, path)
         else:
-            uses_bf16(cfg)  # raises, before anything is run, if the device is not here
+            check_device(cfg)  # before anything is run
             todo.append(cfg)
     if results:
         say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
@@ -924,8 +947,8 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
     # Run the others, one after the other or side by side. Each says what came out and how long the rest will take.
     diverged = []
     start = time.perf_counter()
-    together = side_by_side(todo, job, workers) if workers > 1 else one_by_one(todo, job)
-    for done, (cfg, outcome) in enumerate(together, 1):
+    outcomes = in_workers(todo, job, workers) if workers > 1 else one_by_one(todo, job)
+    for done, (cfg, outcome) in enumerate(outcomes, 1):
         if isinstance(outcome, Diverged) and len(configs) == 1:
             raise outcome
         elif isinstance(outcome, Diverged):
@@ -934,10 +957,17 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
         else:
             results[cfg.folder] = outcome
             text = headline(outcome)
-        left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+        minutes_a_run = (time.perf_counter() - start) / 60 / done
+        left = minutes_a_run * (len(todo) - done)
         if len(todo) > 1:
             say(f"{done}/{len(todo)}  {cfg.name}: {text}  (about {left:.1f} minutes left)")
     return [results[cfg.folder] for cfg in configs if cfg.folder in results], diverged
+
+
+def check_diverged(names: list[str], total: int) -> None:
+    """Raises UserError if runs of a sweep diverged. To be called last, after the results of the others were shown."""
+    if names:
+        raise UserError(f"{len(names)} of {total} runs diverged: {', '.join(names)}; try a lower --lr")
 
 
 def one_by_one(configs: list, job):
@@ -949,7 +979,7 @@ def one_by_one(configs: list, job):
             yield cfg, e
 
 
-def side_by_side(configs: list, job, workers: int):
+def in_workers(configs: list, job, workers: int):
     """The same from several processes, in the order in which they finish."""
     # Spawned, not forked: a forked child inherits torch's threads in an unknown state.
     pool = ProcessPoolExecutor(min(workers, max(1, len(configs))), get_context("spawn"), start_worker)
@@ -1073,7 +1103,10 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
         raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give as many")
     if cfg.data_sha256 and cfg.data_sha256 != corpus.sha256:
         raise UserError(f"{corpus.name}: sha256 is {corpus.sha256}, expected {cfg.data_sha256}; it is other data")
-    padded = n if n < 1024 else math.ceil(n / 64) * 64  # GPUs multiply multiples of 64 much faster
+    # A GPU multiplies much faster if the vocabulary is a multiple of 64. A small one is fast enough without padding.
+    padded = n
+    if n >= 1024:
+        padded = math.ceil(n / 64) * 64
     return replace(cfg, vocab_size=cfg.vocab_size or padded, data_sha256=corpus.sha256)
 
 
@@ -1118,7 +1151,7 @@ def train(cfg: RunConfig) -> dict:
         evaluate()  # the run was resumed from its very last checkpoint
     measurements = dict(config=asdict(cfg), data_sha256=cfg.data_sha256)
     measurements.update(final)
-    measurements.update(measure(model, corpus, cfg, history))
+    measurements.update(measure_costs(model, corpus, cfg, history))
     if rank() == 0:
         plot_losses(history, cfg.folder / "loss.png")
         print_summary(measurements, cfg)
@@ -1133,8 +1166,7 @@ def headline(result: dict) -> str:
 def print_summary(m: dict, cfg: RunConfig) -> None:
     """What a newcomer wants to know of a finished run."""
     total_flops = m["flops_per_token"] * m["train_tokens"]
-    vram = m["peak_vram_mib"]
-    memory = f"{vram:,.0f} MiB of GPU memory" if vram else f"{m['peak_rss_mib']:,.0f} MiB"
+    where = " of GPU memory" if m["peak_vram_mib"] else ""
     print()
     print(f"  validation        {m['val_bpb']:.4f} bits per byte ({m['val_loss']:.4f} nats a token)")
     print(f"  parameters        {m['total_params']:,}, of them {m['memory_params']:+,} against memory=none")
@@ -1142,7 +1174,7 @@ def print_summary(m: dict, cfg: RunConfig) -> None:
     print(f"  state             {m['state_bytes']:,} bytes after {cfg.max_seq_len} tokens of one sequence")
     print(f"  speed             {m['tokens_per_second']:,.0f} tokens/s in a median step; {m['total_time_min']:.1f} "
           "minutes in all")
-    print(f"  peak memory       {memory}")
+    print(f"  peak memory       {peak_mib(m):,.0f} MiB{where}")
     print(f"  files             {cfg.folder}/result.json, log.jsonl, loss.png, ckpt.pt")
     print()
     if m["sample"]:
@@ -1165,7 +1197,7 @@ def sweep_table(results: list[dict], swept: list[str]) -> str:
     rows = []
     for key, runs in sorted(cells.items(), key=lambda cell: average(cell[1], "val_bpb")):
         spread = stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None
-        memory = average(runs, "peak_vram_mib") or average(runs, "peak_rss_mib")
+        memory = mean(peak_mib(r) for r in runs)
         rows.append([*key, average(runs, "val_bpb"), spread, len(runs), f"{runs[0]['total_params']:,}",
                      f"{runs[0]['flops_per_token']:.3g}", f"{runs[0]['state_bytes']:,}",
                      f"{average(runs, 'tokens_per_second'):,.0f}", f"{average(runs, 'total_time_min'):.1f}",
@@ -1181,7 +1213,7 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     flags, _ = read_flags(RunConfig, argv, usage="train.py [--key=value ...]",
                           description=__doc__.split("\n\nA run")[0], shown=shown)
     # Every point of the grid is a configuration, and gets its name.
-    configs = [preset_config(**settings) for settings in grid(RunConfig, flags)]
+    configs = [preset_config(**settings) for settings in sweep_points(RunConfig, flags)]
     configs = [replace(cfg, name=cfg.name or run_name(cfg)) for cfg in configs]
     names = {cfg.name for cfg in configs}
     if len(names) < len(configs):
@@ -1201,13 +1233,14 @@ def note_unused(configs: list[RunConfig]) -> None:
 
 def start_processes(cfg: RunConfig) -> None:
     """Joins the processes that torchrun started."""
+    # Hours, because in a barrier the ranks wait for the one that downloads and tokenises the data.
+    timeout = timedelta(hours=4)
     device = pick_device(cfg)
-    on_cuda = device.type == "cuda"
-    if on_cuda:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Hours, because the ranks wait here for those that download and tokenise the data.
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None,
-                            timeout=timedelta(hours=4))
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1221,12 +1254,15 @@ def main(argv: list[str] | None = None) -> int:
             start_processes(configs[0])
         results, diverged = run_all(configs, train, headline)
         if len(configs) > 1 and results:
+            # A column for each setting that was swept, but the seeds stand together, and `condition` tells the others.
             in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
-            swept = [f.name for f in fields(RunConfig) if f.name not in in_condition
-                     and len({getattr(cfg, f.name) for cfg in configs}) > 1]
+            swept = []
+            for f in fields(RunConfig):
+                values = {getattr(cfg, f.name) for cfg in configs}
+                if len(values) > 1 and f.name not in in_condition:
+                    swept.append(f.name)
             say(sweep_table(results, swept))
-        if diverged:
-            raise UserError(f"{len(diverged)} of {len(configs)} runs diverged: {', '.join(diverged)}; try a lower --lr")
+        check_diverged(diverged, len(configs))
     except Stopped as e:
         number, text = e.args
         launcher = "torchrun ..." if world() > 1 else "python"
