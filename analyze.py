@@ -177,12 +177,13 @@ def look(name: str) -> dict:
 
 
 def distinct_looks(names: list[str]) -> list[dict]:
-    """The look of each name, and a line style: names that stand here several times have a different one each time."""
+    """The look of each name, and a line style: names of one colour have a different one each time."""
     drawn = Counter()
     looks = []
     for name in names:
-        looks.append(dict(look(name), linestyle=LINES[drawn[name] % len(LINES)]))
-        drawn[name] += 1
+        base = base_name(name)
+        looks.append(dict(look(name), linestyle=LINES[drawn[base] % len(LINES)]))
+        drawn[base] += 1
     return looks
 
 
@@ -225,6 +226,41 @@ def panels(rows: int, cols: int, size: tuple, **more):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     return figure, axes
+
+
+# How well an ability is there: name, the least share of the way from guessing to perfect, colours of cell and text.
+LEVELS = (("solved", 0.9, "#0072B2", "white"), ("partly", 0.3, "#9CCBE6", "black"), ("not", -math.inf, "#EDEDED", "black"))
+
+
+def level(share: float) -> tuple:
+    """The entry of LEVELS for a share of the way from guessing (0) to perfect (1)."""
+    return next(entry for entry in LEVELS if share >= entry[1])
+
+
+def ability_figure(cells: dict[str, dict], titles: dict[str, str]):
+    """Memories in rows, abilities in columns: cells[memory][ability] = (number, share of the way from guessing to
+    perfect), titles[ability] = text above its column. What was not measured stays white. Above 1 a
+    number is a count."""
+    figure, axes = panels(1, 1, (1.15 * len(titles) + 2.2, 0.42 * len(cells) + 1.4))
+    ax = axes[0, 0]
+    for row, memory in enumerate(cells):
+        for column, ability in enumerate(titles):
+            if ability in cells[memory]:
+                number, share = cells[memory][ability]
+                _, _, colour, ink = level(share)
+                ax.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, lw=0))
+                text = f"{number:.2f}" if number <= 1 else f"{number:.0f}"
+                ax.text(column, row, text, ha="center", va="center", color=ink)
+    ax.set(xlim=(-0.5, len(titles) - 0.5), ylim=(len(cells) - 0.5, -0.5))
+    ax.set_xticks(range(len(titles)), titles.values())
+    ax.set_yticks(range(len(cells)), cells)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, _, colour, _ in LEVELS]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    return figure
 
 
 def picture(figure) -> bytes:
@@ -538,9 +574,8 @@ def owner(key: str) -> str | None:
     model.unused_options has the same rule for the settings of today. This one is here because model.py imports torch,
     and also meets the settings of other versions and of memory-bench.
     """
-    if key == "expand_v":
-        return "deltanet"
-    name = key.split("_")[0]
+    begin = key.split("_")[0]
+    name = {"delta": "deltanet", "expand": "deltanet"}.get(begin, begin)
     return name if name in OWNERS else None
 
 

@@ -20,7 +20,7 @@ Glossary (name in the code = symbol in the paper)
                        In arguments time is axis 1
     log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
                        gated_delta_rule; inside a chunk, log γ is the sum of log α since the chunk's start
-    beta = β           writing strength of a token, from 0 to 1
+    beta = β           writing strength of a token, from 0 to 1, or to 2 where writes may reflect
     lr = η             inner learning rate of a token
     token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
@@ -214,15 +214,17 @@ def _leaky_chunk_per_token(x, log_decay, state):
 # Gated delta rule (Gated DeltaNet)
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None,
-                     scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+                     scale: float | None = None, erase: bool = True, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,   o_t = scale · S_tᵀ q_t   (Yang et al. 2025, eq. 10).
 
     q, k   (B,T,H,Dk)   the keys should have unit length, or else I - β k kᵀ can expand
     v      (B,T,H,Dv)
     g      (B,T,H)      log α, at most 0
-    beta   (B,T,H)      β, in [0, 1]
+    beta   (B,T,H)      β, in [0, 2]: 1 replaces what a key holds, beyond 1 it changes its sign
     state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
     scale               1/√Dk where it is None
+    erase               False leaves -β k kᵀ out: S_t = α_t S_{t-1} + β_t k_t v_tᵀ, the rule of Mamba 2 (Dao and Gu
+                        2024). It has no kernel: "auto" then takes the chunked form on every device
 
     Returns o (B,T,H,Dv) in v's dtype, and the new state in float32 (float64 for float64 inputs).
     Raises ValueError for an unknown impl, and for impl="triton" where there is no GPU, no triton,
@@ -245,15 +247,16 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     if impl == "auto" and T == 1:
         impl = "loop"
 
-    supported = v.dtype in KERNEL_DTYPES and Dk in (16, 32, 64, 128) and Dv in (Dk, 2 * Dk)
-    if use_triton("gated_delta_rule", impl, v, supported, "float32 or 16-bit, Dk 16, 32, 64 or 128, Dv = Dk or 2 Dk"):
+    supported = erase and v.dtype in KERNEL_DTYPES and Dk in (16, 32, 64, 128) and Dv in (Dk, 2 * Dk)
+    expected = "erase=True, float32 or 16-bit, Dk 16, 32, 64 or 128, Dv = Dk or 2 Dk"
+    if use_triton("gated_delta_rule", impl, v, supported, expected):
         return _delta_triton(q, k, v, g, beta, state, scale)
     form = _delta_loop if impl == "loop" else _delta_chunk
-    o, state = form(q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state, scale)
+    o, state = form(q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state, scale, erase)
     return o.to(v.dtype), state
 
 
-def _delta_loop(q, k, v, log_alpha, beta, S, scale):
+def _delta_loop(q, k, v, log_alpha, beta, S, scale, erase):
     """Token by token: the state S is a matrix (B,H,Dk,Dv) that answers values to keys."""
     alpha = log_alpha.exp()[..., None]                                                  # (B,T,H,1)
     beta = beta[..., None]
@@ -263,7 +266,8 @@ def _delta_loop(q, k, v, log_alpha, beta, S, scale):
         S = alpha[:, t, :, :, None] * S
 
         # look up what is stored at this key, and move it towards the value
-        error = v[:, t] - read(S, k[:, t])                                              # (B,H,Dv)
+        stored = read(S, k[:, t]) if erase else 0                                       # (B,H,Dv)
+        error = v[:, t] - stored
         S = S + outer(k[:, t], beta[:, t] * error)
 
         # answer the query; scale is 1/√D
@@ -271,7 +275,7 @@ def _delta_loop(q, k, v, log_alpha, beta, S, scale):
     return torch.stack(outputs, 1), S
 
 
-def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
+def _delta_chunk(q, k, v, log_alpha, beta, S, scale, erase):
     """The same numbers, C tokens at a time (Yang et al. 2024, section 3; with gates Yang et al. 2025, section 3.3).
 
     Let S be the state at a chunk's start, and γ_i the product of α from there to token i. Token i
@@ -280,7 +284,8 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
 
         (I + A) V' = diag(β) (V - diag(γ) K S)      A = tril(diag(β) K Kᵀ ⊙ Γ, -1)      Γ_ij = γ_i/γ_j for i >= j
 
-    It is linear in S. Solved for all chunks at once it is V' = U - W S, and only S walks from chunk to chunk."""
+    It is linear in S. Solved for all chunks at once it is V' = U - W S, and only S walks from chunk to chunk. Without
+    erasing no token reads what others have written: V' = U = diag(β) V."""
     B, T, H, Dk = k.shape
     Dv = v.size(-1)
     C = min(DELTA_CHUNK, T)
@@ -309,22 +314,27 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale):
 
     # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. To the solver the diagonal is ones,
     # so A stands for I + A.
-    A = (beta * (k @ k.mT) * Gamma).tril(-1)
-    right_side = torch.cat([beta * v, beta * gamma * k], -1)
-    UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
-    U, W = UW.split([Dv, Dk], -1)
+    U = beta * v
+    if erase:
+        A = (beta * (k @ k.mT) * Gamma).tril(-1)
+        right_side = torch.cat([U, beta * gamma * k], -1)
+        UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
+        U, W = UW.split([Dv, Dk], -1)
+        W = W.unbind(2)
 
     # walk from chunk to chunk:  V' = U - W S,   S <- γ_C S + (diag(γ_C/γ) K)ᵀ V'
     U = U.unbind(2)
-    W = W.unbind(2)
     K_to_end = (to_end * k).mT.unbind(2)
     gamma_end = gamma[..., -1:, :].unbind(2)
     starts = []
     writes = []
     for n in range(len(U)):
         starts.append(S)
-        writes.append(U[n] - W[n] @ S)
-        S = gamma_end[n] * S + K_to_end[n] @ writes[n]
+        write = U[n]
+        if erase:
+            write = write - W[n] @ S
+        writes.append(write)
+        S = gamma_end[n] * S + K_to_end[n] @ write
 
     # answer the queries:  O = diag(γ) Q S + (Q Kᵀ ⊙ Γ) V'
     from_start = (gamma * q) @ torch.stack(starts, 2)                                   # (B,H,n,C,Dv)

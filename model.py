@@ -126,6 +126,10 @@ class Config:
                                "an output gate) or transformer (neither)", "memory", choices=("mamba", "transformer"))
     expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)",
                            "memory", low=1)
+    delta_beta: int = option(1, "deltanet: β is from 0 to this; with 2 a write can reflect what a key holds", "memory",
+                             choices=(1, 2))
+    delta_steps: int = option(1, "deltanet: keys and values that a token writes, one after the other", "memory", low=1)
+    delta_erase: bool = option(True, "deltanet: look up what a key holds and replace it; false adds to it", "memory")
     knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
     knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
     knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
@@ -886,6 +890,10 @@ class DeltaNet(nn.Module):
     Yang et al. 2025, eq. 10, and the block design of section 3;
     https://github.com/NVlabs/GatedDeltaNet, lit_gpt/gated_delta_net.py. β = σ(W_β x) and log α =
     -exp(A_log) softplus(W_α x + dt_bias), as in Mamba 2.
+
+    delta_beta=2 doubles β, so that I - β k kᵀ can reflect (Grazzi et al. 2024). With delta_steps=n
+    a token has n keys, values and β (DeltaProduct, Siems et al. 2025): it forgets once, writes n
+    times, and then reads. delta_erase=False leaves the correction out.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -893,15 +901,18 @@ class DeltaNet(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.Dv = self.D * config.expand_v
+        self.beta_max = config.delta_beta
+        self.steps = n = config.delta_steps
+        self.erase = config.delta_erase
         self.q = nn.Linear(C, C, bias=False)
-        self.k = nn.Linear(C, C, bias=False)
-        self.v = nn.Linear(C, H * self.Dv, bias=False)
+        self.k = nn.Linear(C, n * C, bias=False)
+        self.v = nn.Linear(C, n * H * self.Dv, bias=False)
         self.output_gate = nn.Linear(C, H * self.Dv, bias=False)
-        self.beta = nn.Linear(C, H, bias=False)
+        self.beta = nn.Linear(C, n * H, bias=False)
         self.alpha = nn.Linear(C, H, bias=False)
 
         # q, k and v share one depthwise convolution: a filter a channel, without bias.
-        channels = 2 * C + H * self.Dv
+        channels = C + n * C + n * H * self.Dv
         self.conv = nn.Parameter(conv_start(channels, 1, CONV_WIDTH))
 
         # How fast S forgets: the rate A ~ U(0,16), and a time step dt, log-uniform from 0.001 to
@@ -912,40 +923,56 @@ class DeltaNet(nn.Module):
 
         self.norm_weight = nn.Parameter(torch.ones(self.Dv))
         self.out = nn.Linear(H * self.Dv, C, bias=False)
-        self.value_gate = value_gate(config, layer, H)
+        self.value_gate = value_gate(config, layer, n * H)
 
     def forward(self, x, state=None, ve=None):
         """x (B,T,C) -> y (B,T,C), the new state."""
+        n = self.steps
         tail, S = (None, None) if state is None else state
         projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)  # (B,T,channels)
         convolved, tail = causal_conv(projected, self.conv, tail)
         convolved = F.silu(convolved)
         C = x.size(2)
-        q, k, v = convolved.split([C, C, convolved.size(2) - 2 * C], -1)
+        q, k, v = convolved.split([C, n * C, convolved.size(2) - C - n * C], -1)
         q = q.unflatten(-1, (-1, self.D))                                               # (B,T,H,D)
-        k = k.unflatten(-1, (-1, self.D))
-        v = v.unflatten(-1, (-1, self.Dv))                                              # (B,T,H,Dv)
+        k = k.unflatten(-1, (-1, self.D))                                               # (B,T,H·n,D)
+        v = v.unflatten(-1, (-1, self.Dv))                                              # (B,T,H·n,Dv)
         if self.value_gate is not None:
             v = self.value_gate(v.transpose(1, 2), x, ve).transpose(1, 2)
 
         # The gates, in float32: β says how much a token overwrites, and log α <= 0 how much S keeps.
-        beta = torch.sigmoid(self.beta(x).to(at_least_float32(x)))                      # (B,T,H)
+        beta = self.beta_max * torch.sigmoid(self.beta(x).to(at_least_float32(x)))      # (B,T,H·n)
         dt = F.softplus(self.alpha(x).to(at_least_float32(x)) + self.dt_bias)
-        log_alpha = -self.A_log.exp() * dt
+        log_alpha = -self.A_log.exp() * dt                                              # (B,T,H)
+
+        # To the rule every step is a token. The first of a token's steps forgets for all of them,
+        # and what is read after the last one is the token's answer.
+        q = unit(q).to(v.dtype).repeat_interleave(n, 1)                                 # (B,T·n,H,D)
+        k = self.by_step(unit(k).to(v.dtype))
+        v = self.by_step(v)
+        beta = self.by_step(beta)                                                       # (B,T·n,H)
+        log_alpha = F.pad(log_alpha[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
         with full_precision(x):
-            o, S = gated_delta_rule(unit(q).to(v.dtype), unit(k).to(v.dtype), v, log_alpha, beta, S)
+            o, S = gated_delta_rule(q, k, v, log_alpha, beta, S, erase=self.erase)
+        o = o[:, n - 1::n]                                                              # (B,T,H,Dv)
 
         # RMSNorm per head, then a gate per channel.
         o = F.rms_norm(o, (self.Dv,), self.norm_weight.to(o.dtype), eps=1e-6).flatten(2)
         return self.out(o * F.silu(self.output_gate(x))), DeltaNetState(tail, S)
 
+    def by_step(self, x):
+        """The n steps of each token, one after the other: (B,T,H·n,...) -> (B,T·n,H,...)."""
+        return x.unflatten(2, (-1, self.steps)).transpose(2, 3).flatten(1, 2)
+
     def flops(self, T):
-        """The rule's chunked form and the convolution."""
-        H = self.beta.out_features
-        chunk = min(64, T)                                      # of the chunked form in memories.py
-        rule = H * (6 * chunk * self.D + 4 * chunk * self.Dv + 6 * self.D * self.Dv)
+        """The rule's chunked form, n steps a token, and the convolution."""
+        heads_and_steps = self.beta.out_features
+        chunk = min(64, T * self.steps)                         # of the chunked form in memories.py
+        rule = 2 * chunk * (self.D + self.Dv) + 4 * self.D * self.Dv
+        if self.erase:
+            rule += 2 * chunk * (2 * self.D + self.Dv) + 2 * self.D * self.Dv
         convolution = 2 * CONV_WIDTH * self.conv.size(0)
-        return rule + convolution
+        return heads_and_steps * rule + convolution
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1632,14 +1659,17 @@ def unused_options(config: Config) -> list[str]:
     """The settings that differ from their defaults but belong to another memory, so that they
     change nothing here.
 
-    A setting of the group "memory" belongs to the memory named before its first underscore.
+    A setting of the group "memory" belongs to the memory named before its first underscore, where
+    deltanet is called delta; expand_v is deltanet's too.
     """
     for_all = ("memory", "memory_layers")
+    deltanets = {"delta": "deltanet", "expand": "deltanet"}
     unused = []
     for f in fields(Config):
         if f.metadata["group"] != "memory" or f.name in for_all:
             continue
-        owner = "deltanet" if f.name == "expand_v" else f.name.split("_")[0]
+        begin = f.name.split("_")[0]
+        owner = deltanets.get(begin, begin)
         if owner != config.memory and getattr(config, f.name) != f.default:
             unused.append(f.name)
     return unused

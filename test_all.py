@@ -132,7 +132,7 @@ now_and_then = lambda g: torch.where(torch.rand_like(g) < 0.2, -30.0, -0.01).to(
 some_rates = lambda scale: torch.where(torch.arange(len(scale)) % 3 == 0, 0.0, scale)
 heads_first = lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)     # in storage
 times = lambda factor: lambda x: factor * x
-ZERO, ONE = torch.zeros_like, torch.ones_like
+ZERO, ONE, TWO = torch.zeros_like, torch.ones_like, lambda x: torch.full_like(x, 2)
 SMALLEST_HEAD = {leaky_average: 1, gated_delta_rule: 16, ttt_linear: 32}    # smaller ones have no kernel
 HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
 LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
@@ -159,6 +159,9 @@ CASES = {
     "delta_identical_keys_kept": (delta(T=[130], D=[32]), dict(k=identical, beta=ONE, g=ZERO)),
     "delta_correlated_keys": (delta(), dict(k=correlated, beta=ONE)),
     "delta_correlated_keys_kept": (delta(T=[130], D=[32]), dict(k=correlated, beta=ONE, g=ZERO)),
+    "delta_beta_to_2": (delta(T=[70]), dict(beta=times(2))),
+    "delta_beta_2_kept": (delta(T=[130]), dict(beta=TWO, g=ZERO)),
+    "delta_beta_to_2_correlated_keys": (delta(T=[130]), dict(k=correlated, beta=times(2), g=ZERO)),
     "delta_strided": (delta(T=[70]), dict(v=heads_first, g=lambda g: g.mT.contiguous().mT)),
     "ttt_sizes": (ttt(T=[1, 15, 16, 17, 49, 100, 129]) + ttt(T=[96], D=[32, 64], K=[16, 32, 64]) + ttt(T=[192], K=[64])
                   + ttt(T=[32], D=[128]), {}),
@@ -167,6 +170,8 @@ CASES = {
     "ttt_high_rates": (ttt(), dict(lr=times(8), token_scale=some_rates)),
     "ttt_large_weights": (ttt(T=[53]), LARGE),
     "ttt_identical_keys": (ttt(), dict(k=identical)),
+    "adding_delta": (delta() + delta(T=[70], cuts=[(37,), (0, 64)]), dict(beta=times(2))),  # not for the kernels either:
+    "adding_delta_kept": (delta(T=[130]), dict(k=identical, g=ZERO)),                       # erase=False
     "small_ttt_batches": (ttt(T=[4, 17], D=[8], K=[4], cuts=[(), (1,), (7,)]), LARGE),      # not for the kernels
 }
 
@@ -200,7 +205,8 @@ def check_case(case, impl, dtype, tolerance):
     for cuts, size in ((size.get("cuts", ()), {name: n for name, n in size.items() if name != "cuts"}) for size in sizes):
         args = example(fn, **size, dtype=dtype)
         args |= {name: change(args[name]) for name, change in changes.items()}
-        close(f"{case} {size} {cuts}", in_pieces_of(fn, cuts), args, impl, tolerance)
+        rule = functools.partial(fn, erase=False) if case.startswith("adding") else fn
+        close(f"{case} {size} {cuts}", in_pieces_of(rule, cuts), args, impl, tolerance)
 
 
 @each(case=list(CASES), dtype=[torch.float64, torch.float32])
@@ -208,16 +214,37 @@ def test_chunk_is_the_loop(case, dtype):
     check_case(case, "chunk", dtype, {torch.float64: 1e-10, torch.float32: 1e-5}[dtype])
 
 
-def test_delta_rule_loop_is_the_equation():
-    """One head written out with explicit matrices, S_t = α (I - β k kᵀ) S + β k vᵀ."""
+@each(erase=[True, False])
+def test_delta_rule_loop_is_the_equation(erase):
+    """One head written out with explicit matrices, S_t = α (I - β k kᵀ) S + β k vᵀ; without erasing k kᵀ is left out."""
     args = example(gated_delta_rule, 9, 8, torch.float64, Dv=16)
-    o, last = gated_delta_rule(**args, impl="loop")
+    o, last = gated_delta_rule(**args, erase=erase, impl="loop")
     q, k, v, g, beta = [args[name][1, :, 2] for name in ("q", "k", "v", "g", "beta")]
     S, eye = args["state"][1, 2], torch.eye(8, dtype=torch.float64)
     for t in range(9):
-        S = g[t].exp() * (eye - beta[t] * torch.outer(k[t], k[t])) @ S + beta[t] * torch.outer(k[t], v[t])
+        S = g[t].exp() * (eye - erase * beta[t] * torch.outer(k[t], k[t])) @ S + beta[t] * torch.outer(k[t], v[t])
         assert error(o[1, t, 2], S.T @ q[t] * 8 ** -0.5) < 1e-12
     assert error(last[1, 2], S) < 1e-12
+
+
+def check_reflections(keys, impl, T):
+    """β of 1.5 and 2 and no forgetting, for T tokens of like keys: rounding in float32 stays rounding, in values and
+    gradients, and a state to which nothing is written never gets longer."""
+    args = example(gated_delta_rule, T, B=1, H=1)
+    beta = 1.5 + 0.5 * torch.rand_like(args["beta"]).round()
+    for beta in (beta, TWO(beta)):
+        args |= dict(k=keys(args["k"]), g=ZERO(beta), beta=beta)
+        exact = memories.results(gated_delta_rule, {name: x.double() for name, x in args.items()}, "loop")
+        found = memories.results(gated_delta_rule, args, impl)
+        for name in exact:
+            assert error(found[name], exact[name]) < 5e-4, (name, error(found[name], exact[name]))
+    _, last = gated_delta_rule(**args | dict(v=ZERO(args["v"])), impl=impl)
+    assert last.norm() <= 1.0001 * args["state"].norm()
+
+
+@each(keys=["identical", "correlated"])
+def test_nothing_grows_where_the_delta_rule_reflects(keys):
+    check_reflections(globals()[keys], "chunk", 2048)
 
 
 def test_ttt_loop_is_gradient_descent():
@@ -315,6 +342,22 @@ def test_split_and_causality(variant, memory):
     for t in (1, 20, 50, T - 1):
         before = net(changed(idx, t))[:, :t]
         assert error(before, full[:, :t]) < 1e-14, t
+
+
+DELTA_FAMILY = {"reflecting": dict(delta_beta=2), "adding": dict(delta_erase=False), "steps": dict(delta_beta=2, delta_steps=2),
+                "adding_steps": dict(delta_erase=False, delta_steps=2, expand_v=2)}
+
+
+@each(member=DELTA_FAMILY)
+def test_laws_of_the_delta_family(member):
+    with mock.patch.dict(SMALL, DELTA_FAMILY[member]):
+        for variant in ("laptop", "gqa"):
+            LAWS["test_split_and_causality"](variant, "deltanet")
+        LAWS["test_influence"]("deltanet", 1)
+        LAWS["test_purity"]("deltanet")
+        LAWS["test_bounded_state"]("deltanet")
+        LAWS["test_generation_is_the_forward_argmax"]("deltanet", "d12")
+        LAWS["test_every_parameter_learns_and_has_an_optimizer"]("deltanet")
 
 
 @each(memory=list(MEMORIES), layers=[1, 2])
@@ -681,17 +724,35 @@ def test_mosaic2_flops():
     assert abs(layer.flops(40) - 4 * 16 * pairs / 40) < 1e-9
 
 
-@torch.no_grad()
-def test_deltanet_layer():
-    """The layer's own steps around the rule: convolution, normalisation, gates, output norm."""
-    layer, x = small_layer("deltanet"), noise(1, 10, 16)
+@each(member=["plain", *DELTA_FAMILY])
+def test_deltanet_layer(member):
+    """The layer's own steps around the rule: convolution, normalisation, gates, n writes a token, output norm. Values, and
+    the gradients of all parameters."""
+    layer, x = small_layer("deltanet", **DELTA_FAMILY.get(member, {})), noise(1, 10, 16)
+    n, top, erase, Dv = layer.steps, layer.beta_max, layer.erase, layer.Dv
     u = torch.cat([layer.q(x), layer.k(x), layer.v(x)], -1)
-    u = F.silu(F.conv1d(F.pad(u, (0, 0, 3, 0)).mT, layer.conv, groups=48).mT).view(1, 10, 3, 2, 8)
-    q, k, v = F.normalize(u[:, :, 0], dim=-1), F.normalize(u[:, :, 1], dim=-1), u[:, :, 2]
-    g = -layer.A_log.exp() * F.softplus(layer.alpha(x) + layer.dt_bias)
-    o, _ = gated_delta_rule(q, k, v, g, torch.sigmoid(layer.beta(x)), impl="loop")
-    o = o * (o.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    assert error(layer(x)[0], layer.out(o.flatten(2) * F.silu(layer.output_gate(x)))) < 1e-9
+    u = F.silu(F.conv1d(F.pad(u, (0, 0, 3, 0)).mT, layer.conv, groups=u.size(-1)).mT)
+    q, k, v = u.split([16, 16 * n, 2 * n * Dv], -1)
+    q, k, v = q.view(10, 2, 8), k.view(10, 2, n, 8), v.view(10, 2, n, Dv)
+    alpha = torch.exp(-layer.A_log.exp() * F.softplus(layer.alpha(x) + layer.dt_bias))[0]
+    beta = top * torch.sigmoid(layer.beta(x)).view(10, 2, n)
+    outputs = []
+    S = torch.zeros(2, 8, Dv, dtype=torch.float64)
+    for t in range(10):
+        S = alpha[t, :, None, None] * S
+        for j in range(n):
+            key = F.normalize(k[t, :, j], dim=-1)[..., None]                        # (H,D,1)
+            stored = key.mT @ S if erase else 0
+            S = S + beta[t, :, j, None, None] * key @ (v[t, :, j, None] - stored)
+        outputs.append(F.normalize(q[t], dim=-1)[:, None] @ S / 8 ** 0.5)           # (H,1,Dv)
+    o = torch.stack(outputs).squeeze(2)
+    o = o * (o.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * layer.norm_weight
+    expected = layer.out(o.flatten(1)[None] * F.silu(layer.output_gate(x)))
+    weight = noise(*expected.shape, seed=3)
+    for computed, wanted in zip(*(torch.autograd.grad((y * weight).sum(), list(layer.parameters()), materialize_grads=True)
+                                  for y in (layer(x)[0], expected))):
+        assert error(computed, wanted) < 1e-8
+    assert error(layer(x)[0], expected) < 1e-9
 
 
 @each(backbone=["mamba", "transformer"])
@@ -833,6 +894,14 @@ def test_flops_count_the_matrix_products():
         attention = sum(b.mixer.flops(256) for b in net.body.blocks) if memory == "none" else 0
         ratio = (net.flops_per_token(256) / 3 - attention) / (counter.get_total_flops() / 256)
         assert low <= ratio <= high, (memory, ratio)
+    for member in DELTA_FAMILY.values():
+        layer, x = small_layer("deltanet", n_embd=64, **member), noise(1, 256, 64)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        linear = sum(2 * part.weight.numel() for part in layer.modules() if isinstance(part, torch.nn.Linear))
+        solving = 2 * layer.steps * 64 * (layer.D + layer.Dv) * 2 if layer.erase else 0     # these are not counted: the solver
+        convolving = 8 * len(layer.conv)                                                    # and what isn't a product
+        assert layer.flops(256) - solving - convolving == counter.get_total_flops() / 256 - linear, member
     for window in (None, 8, 100):
         visible = [min(i + 1, window or 64) for i in range(64)]
         assert model.attention_flops(64, window, 10) == 4 * 10 * sum(visible) / 64
@@ -862,10 +931,10 @@ def test_settings_of_memories():
         for i, block in enumerate(GPT(config).body.blocks):
             assert isinstance(block.mixer, model.ContextualMemory) == (i in expected), text
             assert isinstance(block.feedforward, model.PersistentMemory) == (i in expected), text
-    others = dict(knn_capacity=600, expand_v=2, mosaic_slots=5, mosaic2_mlp=False)
+    others = dict(knn_capacity=600, expand_v=2, delta_steps=2, mosaic_slots=5, mosaic2_mlp=False)
     for config, unused in ((Config(), []), (Config(memory="knn", knn_capacity=600, memory_layers="1"), []),
-                           (Config(n_layer=3, **others), ["expand_v", "knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
-                           (Config(memory="mosaic2", **others), ["expand_v", "knn_capacity", "mosaic_slots"]),
+                           (Config(n_layer=3, **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
+                           (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
                            (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
         assert model.unused_options(config) == unused
 
@@ -905,8 +974,13 @@ def kernels_at_the_edges():
         check_no_tokens(fn, "triton")
         with torch.no_grad():
             assert error(fn(**example(fn), impl="triton")[0], fn(**example(fn), impl="loop")[0]) <= PARITY
+    raises(ValueError, lambda: gated_delta_rule(**example(gated_delta_rule), erase=False, impl="triton"), "expected erase=True")
     for fn, other in ((gated_delta_rule, dict(D=24)), (gated_delta_rule, dict(dtype=torch.float64)), (ttt_linear, dict(D=16))):
         raises(ValueError, lambda: fn(**example(fn, **other), impl="triton"), "expected", "use impl='chunk'")
+
+
+def kernels_where_the_delta_rule_reflects():
+    check_reflections(identical, "triton", 256)
 
 
 def run_kernel_cases(part):
@@ -2658,10 +2732,113 @@ def test_toys_brackets_copy_repeat_and_recall_ask_what_they_say():
             if y[t] >= 0:
                 *_, then = (s for s in range(t) if x[s] >= 24 and (x[s] - 24) // 8 == x[t] - 8)
                 assert y[t] == (x[then] - 24) % 8 and d[t] == t - then
-        for task, (make, vocabulary) in toys.TASKS.items():
-            x, y, _ = make(rng, 70)
-            assert 0 <= min(x) and max(*x, *y) < vocabulary, task
+        for name, task in toys.TASKS.items():
+            x, y, d = task.draw(rng, 72)
+            assert 0 <= min(x) and max(*x, *y) < task.vocabulary and len(x) == len(y) == len(d) == 72, name
     assert far > 40
+
+
+def test_toys_products_are_parity_and_composed_permutations():
+    rng = random.Random(0)
+    for _ in range(20):
+        x, y, d = toys.TASKS["parity"].draw(rng, 100)
+        assert y == [sum(x[:t + 1]) % 2 for t in range(100)] and d == list(range(100))
+    for task, n in (("s3", 3), ("s5", 5)):
+        group = list(itertools.permutations(range(n)))
+        matrices = [torch.eye(n)[:, list(p)] for p in group]    # M e_i = e_p(i): the product is one of matrices
+        x, y, _ = toys.TASKS[task].draw(rng, 300)
+        so_far = torch.eye(n)
+        for token, answer in zip(x, y):
+            so_far = matrices[token] @ so_far
+            assert torch.equal(so_far, matrices[answer])
+        assert set(x) == set(y) == set(range(len(group))) or task == "s5"
+
+
+@each(task=["capacity", "mqar"])
+def test_toys_pairs_are_asked_for_once(task):
+    rng = random.Random(0)
+    for T in (16, 64, 512):
+        x, y, d = toys.TASKS[task].draw(rng, T)
+        written = {}                                            # key -> its value and its place
+        for t, token in enumerate(x[:T // 2]):
+            if task == "capacity" and token != 8:
+                written[(token - 137) // 8] = (token - 137) % 8, t
+            elif task == "mqar" and t % 2 == 0:
+                written[token - 9] = x[t + 1], t
+        assert len(written) == T // 4 and not any(v >= 0 for v in y[:T // 2])
+        asked = [t for t in range(T // 2, T) if x[t] != 8]
+        assert sorted(x[t] - 9 for t in asked) == sorted(written) and all((y[t] >= 0) == (t in asked) for t in range(T))
+        assert all((y[t], t - d[t]) == written[x[t] - 9] for t in asked)
+        if T == 512:
+            assert [x[t] - 9 for t in asked] != list(written) and set(y) == set(range(-1, 8))
+
+
+def test_toys_pairs_held_and_what_fits_into_the_budget():
+    """Accuracies 1, 1, .95, .85, .5 at 4 to 64 pairs cross .9 half-way between 16 and 32."""
+    result = dict(lengths=[16, 32, 64, 128, 256], accuracy=[1, 1, 0.95, 0.85, 0.5], state_bytes=[100, 200, 400, 800, 1600])
+    held, states = toys.pairs_held(result)
+    assert abs(held - 24) < 1e-9 and abs(states - 600) < 1e-9
+    assert toys.pairs_held(result | dict(accuracy=[1] * 5)) == (64, 1600)
+    assert abs(toys.pairs_held(result | dict(accuracy=[0.8, 1, 1, 1, 1]))[0] - 2) < 1e-9
+    for budget, fitting in ((99, 0), (300, 12), (600, 24), (1200, 24), (5000, 24)):
+        with mock.patch.object(toys, "BUDGET", budget):
+            assert abs(toys.pairs_in_budget(result) - fitting) < 1e-9, budget
+    with mock.patch.object(toys, "BUDGET", 700):
+        assert toys.pairs_in_budget(result | dict(state_bytes=[700] * 5)) == held
+
+
+def test_toys_picture_shows_the_best_variant_of_each_model():
+    """In the cells the means over seeds of a model's best variant; beside them how far from guessing to perfect."""
+    with tempfile.TemporaryDirectory() as out:
+        def leave(kind, measured, **settings):
+            cfg = kind(out_dir=out, **settings)
+            cfg.folder.mkdir(parents=True)
+            (cfg.folder / "result.json").write_text(json.dumps(dict(config=vars(cfg)) | measured))
+
+        assert toys.ability_cells(Path(out)) == {} and toys.picture_abilities(Path(out)) is None
+        for lr, seed, share in ((0.001, 1, 0.5), (0.001, 2, 0.7), (0.002, 1, 0.95), (0.002, 2, 0.85)):
+            leave(toys.Length, dict(accuracy=[1, 1, share, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed)
+        leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor")
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.75)), model="rope", automata=1000)
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="rope", automata=100)
+        cells = toys.ability_cells(Path(out))
+        assert list(cells) == ["floor", "global", "deltanet-beta2"]
+        assert cells["floor"] == {"recall": (9 / 16, 0.5)} and cells["global"] == {"regbench": (0.75, 0.5)}
+        number, share = cells["deltanet-beta2"]["parity"]
+        assert abs(number - 0.9) < 1e-12 and abs(share - 0.8) < 1e-12
+        status, text, _ = call(lambda argv: toys.picture_abilities(Path(out)))
+        assert Path(out, "abilities.png").read_bytes()[:4] == b"\x89PNG" and "abilities.png" in text
+    assert [analyze.level(share)[0] for share in (1, 0.9, 0.89, 0.3, 0.29, -1)] == ["solved", "solved", "partly", "partly", "not", "not"]
+    figure = analyze.ability_figure({"a": {"x": (0.5, 0.5)}, "b": {"y": (17.2, 1.0)}}, {"x": "X", "y": "Y"})
+    texts = {(t.get_position(), t.get_text()) for t in figure.axes[0].texts}
+    to_hex = analyze.matplotlib.colors.to_hex
+    colours = {tuple(round(v + 0.48) for v in p.get_xy()): to_hex(p.get_facecolor()).upper() for p in figure.axes[0].patches}
+    assert texts == {((0, 0), "0.50"), ((1, 1), "17")} and colours == {(0, 0): "#9CCBE6", (1, 1): "#0072B2"}
+
+
+def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
+    def result(width, lr, seed, *accuracy):
+        cfg = toys.Length(task="capacity", model="deltanet", n_embd=width, lr=lr, seed=seed)
+        return dict(config=vars(cfg), lengths=cfg.tested_lengths(), accuracy=list(accuracy), state_bytes=[64 * width] * 6, parameters=1,
+                    far_accuracy=None, by_distance=[], cpu_seconds=1)
+
+    low, high = (1, 0.5, 0.5, 0.5, 0.5, 0.5), (1, 1, 1, 1, 0.8, 0.5)
+    results = [result(32, 0.1, 1, *low), result(32, 0.1, 2, *high), result(32, 0.2, 1, *high), result(32, 0.2, 2, *low),
+               result(64, 0.1, 1, *high)]
+    with tempfile.TemporaryDirectory() as out:
+        status, text, err = call(lambda argv: print(toys.report_task("capacity", results, Path(out))))
+        assert Path(out, "capacity.png").is_file()
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| deltanet")]
+    assert [(row[1], row[-7]) for row in rows] == [("deltanet, lr=0.2, n_embd=32", "26"), ("deltanet, lr=0.1", "48")]
+
+
+def test_toys_pairs_train_and_test_at_every_number_of_pairs():
+    cfg = toys.Length(task="mqar", model="deltanet-steps2", **TOY_SHAPE, test_rows=2, batch_size=2)
+    assert [n // 4 for n in cfg.trained_lengths()] == [4, 8, 16, 32, 64] and [n // 4 for n in cfg.tested_lengths()] == [4, 8, 16, 32, 64, 128]
+    assert cfg.architecture().delta_steps == 2 and not cfg.architecture().token_shift
+    with recorded(fit=lambda model, batch_fn, cfg: [batch_fn(i) for i in range(5)]) as calls:
+        result = toys.length_job(cfg)
+    assert [x.size(1) for x, _ in calls["fit"][0][1]] == [16, 32, 64, 128, 256] and len(result["accuracy"]) == 6
 
 
 def test_toys_same_seed_same_data():
@@ -2758,7 +2935,8 @@ def test_toys_bad_flags_are_one_line():
 
 
 def test_toys_names_of_models_are_conditions():
-    assert all(analyze.condition(settings).split()[0] == name for name, settings in toys.LENGTH_MODELS.items())
+    for name, settings in toys.LENGTH_MODELS.items():
+        assert analyze.condition(settings).split()[0] == ("deltanet" if name in toys.DELTANETS else name)
     assert [toys.Length(model="floor").architecture().window_of(i) for i in range(2)] == [16, 16]
     assert toys.Length(model="global").architecture().window_of(1) is None
     changed = [toys.Moons(heads=heads, lr=lr) for heads, lr in ((1, 0), (3, 0.03), (3, 0.01))]

@@ -43,6 +43,7 @@ References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek e
 (Arora et al. 2023, 2312.04927), the repository memory-architectures (brackets, copying, repeated elements).
 """
 import itertools
+import json
 import math
 import os
 import random
@@ -50,7 +51,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -158,25 +159,33 @@ class Moons(Toy):
 
 @dataclass
 class Length(Toy):
-    """Brackets, copy, repeat and recall: a model is trained on short sequences and tested on longer ones."""
-    task: str = option("recall", "brackets, copy, repeat or recall", "toy")
+    """A task of TASKS: a model is trained on short sequences and tested on longer ones. A 0 below is the task's own."""
+    task: str = option("recall", "the task", "toy")
     model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
-                        "memory), or a memory", "toy")
-    T: int = option(64, "training length; tests are 1, 2, 4 and 8 times as long", "toy", low=32)
+                        "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
+                        "(without erasing)", "toy")
+    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far; 0 = 64, of pairs 256", "toy", low=0)
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
     pos: str = option("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
+    token_shift: bool = option(False, "every block first adds to a token a mixture of the three before it", "toy")
     test_rows: int = option(64, "test sequences at each length", "toy", low=1)
     lr: float = option(6e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
-    batch_size: int = option(32, "sequences in a step", "optimisation", low=1)
+    steps: int = option(0, "updates of the weights; 0 = 400, of groups 600, of pairs 1000", "optimisation", low=0)
+    batch_size: int = option(0, "sequences in a step; 0 = 32, of groups 64", "optimisation", low=0)
     toy = "length"
 
     def __post_init__(self):
         super().__post_init__()
         check_known("task", self.task, TASKS)
         check_known("model", self.model, LENGTH_MODELS)
+        self.T = self.T or TASKS[self.task].T
+        self.steps = self.steps or TASKS[self.task].steps
+        self.batch_size = self.batch_size or TASKS[self.task].batch_size
+        if self.T < 32 or self.trained_lengths()[0] < 4:
+            raise ValueError(f"T={self.T} is too short for {self.task}; give 64 or more")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -184,12 +193,20 @@ class Length(Toy):
 
     def architecture(self) -> Config:
         """The network to train."""
-        _, vocabulary = TASKS[self.task]
         # The Config's `window` is a pattern of layers, S or L. The toy's `window` is how many tokens an S sees.
         settings = dict(n_layer=self.n_layer, n_embd=self.n_embd, n_head=self.n_head, pos=self.pos, window="L",
-                        max_seq_len=self.T, vocab_size=vocabulary, short_window=self.window, rmt_segment=self.window)
+                        max_seq_len=self.T, vocab_size=TASKS[self.task].vocabulary, short_window=self.window,
+                        rmt_segment=self.window, token_shift=self.token_shift)
         settings.update(LENGTH_MODELS[self.model])
         return Config(**settings)
+
+    def trained_lengths(self) -> list[int]:
+        """The lengths of the training sequences, which take turns."""
+        return [int(self.T * share) for share in TASKS[self.task].trained]
+
+    def tested_lengths(self) -> list[int]:
+        """The lengths of the test sequences."""
+        return [int(self.T * share) for share in TASKS[self.task].tested]
 
     def name_begins(self) -> dict:
         """The settings whose bare values begin a run's name."""
@@ -247,10 +264,16 @@ def check_known(name: str, value: str, known) -> None:
 # toys are the conditions of analyze.py, so that a model has one name and one colour everywhere.
 LENGTH_MODELS = {"floor": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
 REGBENCH_MODELS = {"rope": dict(pos="rope"), "learned": dict(pos="learned"), "none": dict(pos="none")}
+DELTANETS = {"deltanet-beta2": dict(memory="deltanet", delta_beta=2),
+             "deltanet-steps2": dict(memory="deltanet", delta_beta=2, delta_steps=2),
+             "deltanet-add": dict(memory="deltanet", delta_erase=False)}
 for memory in MEMORIES:
+    models = {memory: dict(memory=memory)}
+    if memory == "deltanet":
+        models |= DELTANETS
     if memory != "none":
-        LENGTH_MODELS[memory] = dict(memory=memory)
-        REGBENCH_MODELS[memory] = dict(memory=memory)
+        LENGTH_MODELS |= models
+        REGBENCH_MODELS |= models
 LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
 
 
@@ -278,7 +301,7 @@ def grouped(kind: type, results: list[dict]) -> tuple[list[Variant], str]:
     """
     configs = [config_of(kind, result) for result in results]
     changed = [changes(cfg) for cfg in configs]
-    shared = [change for change in changed[0] if all(change in others for others in changed)]
+    shared = [change for change in sum(changed[:1], []) if all(change in others for others in changed)]
 
     found = {}
     for cfg, all_changes, result in zip(configs, changed, results):
@@ -723,15 +746,90 @@ def recall(rng: random.Random, T: int) -> tuple[list, list, list]:
     return x, y, distance
 
 
-TASKS = {"brackets": (brackets, 17), "copy": (copy, 18), "repeat": (repeat, 290), "recall": (recall, 152)}  # vocabulary
+def product(rng: random.Random, T: int, n: int) -> tuple[list, list, list]:
+    """The product of all permutations of n things so far. Each has a number, its place in alphabetical order: of two
+    things 0 leaves them and 1 swaps them, so that the product is the parity of the bits.
+
+        x   0  1  1  0  1  1
+        y   0  1  0  0  1  0                  distance of the last answer: 5, back to the first token
+    """
+    permutations = list(itertools.permutations(range(n)))
+    number = {permutation: i for i, permutation in enumerate(permutations)}
+    so_far = permutations[0]
+    x = []
+    y = []
+    for _ in range(T):
+        new = rng.choice(permutations)
+        so_far = tuple(new[place] for place in so_far)      # what stood at `place` now stands at new[place]
+        x.append(number[new])
+        y.append(number[so_far])
+    return x, y, list(range(T))
+
+
+KEYS = 128   # of capacity and mqar
+VALUES = 8
+
+
+def pairs(rng: random.Random, T: int, split: bool) -> tuple[list, list, list]:
+    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more, in
+    any order: what was its value (0-7)? Blanks (8) fill up.
+
+        x   a  3  b  7  .  b  a  .            split (mqar): key (9-136) and value are two tokens, as in Arora et al.
+        y                  7  3
+        x   a=3  b=7  .  .  .  b  a  .        else (capacity): one token, 137 + 8 key + value
+    """
+    N = T // 4
+    x = []
+    value_of = {}
+    place_of = {}
+    for key in rng.sample(range(KEYS), N):
+        value = rng.randrange(VALUES)
+        value_of[key] = value
+        place_of[key] = len(x)
+        x += [9 + key, value] if split else [9 + KEYS + VALUES * key + value]
+    x += [8] * (T - len(x))
+    y = [-1] * T
+    distance = [0] * T
+    places = rng.sample(range(T // 2, T), N)
+    for key, place in zip(value_of, places):
+        x[place] = 9 + key
+        y[place] = value_of[key]
+        distance[place] = place - place_of[key]
+    return x, y, distance
+
+
+class Task(NamedTuple):
+    """A task, and how models are trained for it."""
+    draw: Callable            # (rng, T) -> x, y, distance
+    vocabulary: int
+    said: str = "a memory keeps its accuracy, attention loses it sooner"    # by the papers
+    T: int = 64
+    steps: int = 400
+    batch_size: int = 32
+    trained: tuple = (1,)     # lengths in units of T, which take turns
+    tested: tuple = (1, 2, 4, 8)
+
+
+PAIRS = ("capacity", "mqar")
+BY_PAIRS = dict(T=256, steps=1000, trained=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), tested=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2))
+TASKS = {
+    "brackets": Task(brackets, 17),
+    "copy": Task(copy, 18),
+    "repeat": Task(repeat, 290),
+    "recall": Task(recall, 152),
+    "parity": Task(partial(product, n=2), 2, "chance (.5) for attention and β < 1; β up to 2 holds it", 64, 600, 64),
+    "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", 64, 600, 64),
+    "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", 64, 600, 64),
+    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "the more state, the more pairs", **BY_PAIRS),
+    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "the more state, the more pairs", **BY_PAIRS),
+}
 
 
 def length_batch(task: str, rows: int, T: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, y, distance (rows,T) int64, a function of the arguments alone. Batch (0, 0) is for tests: a training batch has
     the run's seed, and its number is at least 1."""
     rng = random.Random(repr((task, T, seed, number)))
-    draw, _ = TASKS[task]
-    sequences = [draw(rng, T) for _ in range(rows)]
+    sequences = [TASKS[task].draw(rng, T) for _ in range(rows)]
     x, y, distance = zip(*sequences)
     return torch.tensor(x), torch.tensor(y), torch.tensor(distance)
 
@@ -747,7 +845,8 @@ def length_job(cfg: Length) -> dict:
     start = time.process_time()
 
     def batch_fn(step):
-        x, y, _ = length_batch(cfg.task, cfg.batch_size, cfg.T, cfg.seed, step + 1)
+        lengths = cfg.trained_lengths()
+        x, y, _ = length_batch(cfg.task, cfg.batch_size, lengths[step % len(lengths)], cfg.seed, step + 1)
         return x, y
 
     fit(model, batch_fn, cfg)
@@ -782,13 +881,13 @@ def answers(model: GPT, cfg: Length, T: int) -> Answers:
 def measure_length(model: GPT, cfg: Length) -> dict:
     """How well a trained model answers.
 
-        lengths, accuracy, state_bytes    1, 2, 4 and 8 T; at each of these the share of right answers in the last T
-                                          tokens, and the bytes of the state
-        by_distance                       at 8 T, for each bin of distances: its ends, how many answers were asked for,
-                                          their accuracy
-        far_accuracy                      at 8 T, of answers two windows back or more; None if there are none
+        lengths, accuracy, state_bytes    at each length the share of right answers in the last T tokens, and the bytes
+                                          of the state
+        by_distance                       at the longest, for each bin of distances: its ends, how many answers were
+                                          asked for, their accuracy
+        far_accuracy                      there, of answers two windows back or more; None if there are none
     """
-    lengths = [cfg.T * k for k in (1, 2, 4, 8)]
+    lengths = cfg.tested_lengths()
     found = [answers(model, cfg, T) for T in lengths]
     accuracy = []
     for T, (right, asked, _, _) in zip(lengths, found):
@@ -827,10 +926,35 @@ def report_length(results: list[dict], out: Path) -> list[list[str]]:
     return seen
 
 
+def pairs_held(result: dict) -> tuple[float, float]:
+    """Up to how many pairs are 90% of the answers right, and how many bytes has the state there? Between the numbers of
+    pairs that were tested it goes in straight lines, from an accuracy of 1 with 0 pairs on."""
+    tested = [length / 4 for length in result["lengths"]]
+    held = tested[-1]
+    for (N, accuracy), (more, lower) in itertools.pairwise(zip([0, *tested], [1, *result["accuracy"]])):
+        if lower < 0.9:
+            held = N + (more - N) * (accuracy - 0.9) / (accuracy - lower)
+            break
+    return held, float(np.interp(held, tested, result["state_bytes"]))
+
+
+def best_learning_rates(variants: list[Variant]) -> list[Variant]:
+    """For each model and width the variant that is most accurate on the first of its seeds."""
+    best = {}
+    for variant in variants:
+        key = (variant.cfg.model, variant.cfg.n_embd)
+        if key not in best or mean(variant.runs[0]["accuracy"]) > mean(best[key].runs[0]["accuracy"]):
+            best[key] = variant
+    return list(best.values())
+
+
 def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     """The table and the figure of one task -> its row for the last table."""
     import analyze
     variants, shared = grouped(Length, results)
+    if task in PAIRS:
+        variants = best_learning_rates(variants)
+    names = ["at T" if share == 1 else f"at {share:g}T" for share in TASKS[task].tested]
     lengths = sorted({variant.cfg.T for variant in variants})
     trained = ", ".join(map(str, lengths))
     rows = []
@@ -838,32 +962,32 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     for variant in variants:
         runs = variant.runs
         accuracy = [f"{mean(seeds):.3f}" for seeds in zip(*(run["accuracy"] for run in runs))]
-        has_far = runs[0]["far_accuracy"] is not None
-        far = f"{average(runs, 'far_accuracy'):.3f}" if has_far else None
+        summary = None
+        if task in PAIRS:
+            summary = f"{mean(pairs_held(run)[0] for run in runs):.0f}"
+        elif runs[0]["far_accuracy"] is not None:
+            summary = f"{average(runs, 'far_accuracy'):.3f}"
         parameters = f"{runs[0]['parameters']:,}"
         states = runs[0]["state_bytes"]
-        rows.append([variant.name, *accuracy, far, len(runs), parameters, f"{states[0]:,}", f"{states[-1]:,}",
+        rows.append([variant.name, *accuracy, summary, len(runs), parameters, f"{states[0]:,}", f"{states[-1]:,}",
                      f"{average(runs, 'cpu_seconds'):.0f}"])
-        here.append(f"{variant.name} {accuracy[-1]}")
+        here.append(f"{variant.name} {summary if task in PAIRS else accuracy[-1]}")
 
-    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = at 8T, "
-        "answers two windows back or more\n")
-    say(analyze.table(["model", "at T", "at 2T", "at 4T", "at 8T", "far", "seeds", "parameters", "state at T",
-                       "state at 8T", "mean cpu s"], rows))
+    meaning = "at 8T, answers two windows back or more"
+    last = "far"
+    if task in PAIRS:
+        meaning = "the number of pairs of which 90% are answered right; N pairs are in sequences of 4N tokens"
+        last = "held"
+    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; {last} = {meaning}\n")
+    say(analyze.table(["model", *names, last, "seeds", "parameters", f"state {names[0]}", f"state {names[-1]}",
+                       "mean cpu s"], rows))
     plot_length(task, trained, variants, out)
-    return [f"{task}, at 8T", "a memory keeps its accuracy, attention loses it sooner", "; ".join(here)]
+    return [f"{task}, {last if task in PAIRS else names[-1]}", TASKS[task].said, "; ".join(here)]
 
 
-def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
-    """task.png: accuracy against the length of the sequence, and against the distance of the answer."""
-    import analyze
-    figure, axes = analyze.panels(1, 2, (10, 4.2), sharey=True)
-    left, right = axes[0]
-    looks = analyze.distinct_looks([variant.cfg.model for variant in variants])
+def draw_by_distance(ax, variants: list[Variant], looks: list[dict]) -> None:
+    """Accuracy against the distance of the answer, in the longest sequences."""
     for variant, look in zip(variants, looks):
-        by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
-        draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
-
         # A bin is drawn at its middle (on the logarithmic axis); one with few answers would be noise.
         middle = []
         by_distance = []
@@ -872,15 +996,46 @@ def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> 
                 low, high = seeds[0]["distance"]
                 middle.append(math.sqrt(low * high))
                 by_distance.append([seed["accuracy"] for seed in seeds])
-        draw_with_range(right, middle, by_distance, variant.name, look)
+        draw_with_range(ax, middle, by_distance, variant.name, look)
+    ax.set(xscale="log", xlabel="distance of the answer, tokens", ylim=(-0.02, 1.02), title="the longest sequences")
+    ax.set_xticks([4, 16, 64, 256], [4, 16, 64, 256])
+    ax.minorticks_off()
 
+
+def draw_pairs_held(ax, variants: list[Variant]) -> None:
+    """Pairs held at 90% accuracy against the bytes of the state: a curve for each model, a point for each width."""
+    import analyze
+    models = list(dict.fromkeys(variant.cfg.model for variant in variants))
+    for model, look in zip(models, analyze.distinct_looks(models)):
+        points = []
+        for variant in variants:
+            if variant.cfg.model == model:
+                held, states = zip(*(pairs_held(run) for run in variant.runs))
+                points.append((mean(states), held))
+        states, held = zip(*sorted(points))
+        draw_with_range(ax, states, held, model, look)
+    ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy", title="one point a width")
+
+
+def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
+    """task.png: accuracy against the length of the sequence, and against the distance of the answer; or how many pairs
+    are held by how much state."""
+    import analyze
+    figure, axes = analyze.panels(1, 2, (10, 4.2))
+    left, right = axes[0]
+    looks = analyze.distinct_looks([variant.cfg.model for variant in variants])
+    for variant, look in zip(variants, looks):
+        by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
+        draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
     left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
              ylim=(-0.02, 1.02), title=f"{task}: last {trained} tokens")
-    right.set(xscale="log", xlabel="distance of the answer, tokens", title=f"{task}: the longest sequences")
     lengths = sorted({n for variant in variants for n in variant.runs[0]["lengths"]})
-    for ax, ticks in ((left, lengths), (right, [4, 16, 64, 256])):
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
+    left.set_xticks(lengths, lengths)
+    left.minorticks_off()
+    if task in PAIRS:
+        draw_pairs_held(right, variants)
+    else:
+        draw_by_distance(right, variants, looks)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", title="mean and range\nof the seeds",
                   frameon=False)
     save_figure(figure, out / f"{task}.png")
@@ -1211,6 +1366,72 @@ def plot_regbench(best: dict[tuple[str, int], Variant], baselines: dict, out: Pa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# One picture: which memory can do what
+
+BUDGET = 32 * 1024  # bytes of state, for the comparison of capacities
+
+
+def pairs_in_budget(result: dict) -> float:
+    """How many pairs are held by a state of at most BUDGET bytes."""
+    held, _ = pairs_held(result)
+    states = result["state_bytes"]
+    if states[0] > BUDGET:
+        return 0.0
+    if states[-1] <= BUDGET:
+        return held
+    fitting = np.interp(BUDGET, states, [length / 4 for length in result["lengths"]])
+    return min(held, float(fitting))
+
+
+class Ability(NamedTuple):
+    """A column of the picture."""
+    title: str
+    measure: Callable  # result -> the number in the cell
+    guessing: float    # what a guess would get
+    perfect: float
+
+
+ABILITIES = {
+    "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
+    "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
+    "capacity": Ability(f"pairs held\nin {BUDGET // 1024} KiB", pairs_in_budget, 0, KEYS / 2),
+    "recall": Ability("overwriting\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
+    "copy": Ability("copying\nat 8T", lambda result: result["accuracy"][-1], 1 / 16, 1),
+    "brackets": Ability("brackets\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
+    "regbench": Ability("a new\nlanguage", lambda result: result["ood"]["accuracy"], 1 / 2, 1),
+}
+
+
+def ability_cells(out: Path) -> dict[str, dict]:
+    """model -> task -> (the number, how far it is from guessing, 0, to perfect, 1), from all result files in the folder.
+
+    Of a model's variants the best one counts, by its mean over seeds. Of regbench 1000 automata count, and the
+    transformer with rotations is global attention.
+    """
+    cells = {model: {} for model in LENGTH_MODELS}
+    for task, ability in ABILITIES.items():
+        kind = RegBench if task == "regbench" else Length
+        results = [json.loads(path.read_text()) for path in sorted(out.glob(f"{kind.toy}/*/result.json"))]
+        wanted = dict(automata=1000) if kind is RegBench else dict(task=task)
+        results = [result for result in results if wanted.items() <= result["config"].items()]
+        for variant in grouped(kind, results)[0]:
+            model = "global" if variant.cfg.model == "rope" else variant.cfg.model
+            number = mean(ability.measure(run) for run in variant.runs)
+            if model in cells and number >= cells[model].get(task, (0, 0))[0]:
+                cells[model][task] = number, (number - ability.guessing) / (ability.perfect - ability.guessing)
+    return {model: row for model, row in cells.items() if row}
+
+
+def picture_abilities(out: Path) -> None:
+    """abilities.png, if there are results for it."""
+    import analyze
+    cells = ability_cells(out)
+    if cells:
+        titles = {task: ability.title for task, ability in ABILITIES.items()}
+        save_figure(analyze.ability_figure(cells, titles), out / "abilities.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 class Experiment(NamedTuple):
@@ -1234,7 +1455,8 @@ for task in TASKS:
 COMMANDS["regbench"] = (RegBench, dict(model="rope,mosaic"))
 
 # What `python toys.py` runs: toys, and the flags that keep them small
-SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": []}
+SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": [],
+         "parity": ["--model=global,deltanet,deltanet-beta2"], "capacity": ["--model=floor,global,deltanet"]}
 
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
@@ -1297,6 +1519,7 @@ def train_and_report(argv: list[str]) -> None:
             diverged += failed
             if results:
                 seen += experiment.report(results, out)
+    picture_abilities(out)
     if seen:
         say("\nWhat was seen, beside what the papers say\n")
         say(analyze.table(["experiment", "what the papers say", "what was seen"], seen, left=3))
