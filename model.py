@@ -185,7 +185,7 @@ PRESETS = {
     # Minutes on two cores. Heads of 64, since normalised queries and keys score √D at most, which
     # must be enough to tell one key from max_seq_len others; a RoPE base whose wavelengths lie
     # within so short a row.
-    "laptop": dict(n_head=2, rope_theta=10_000.0),
+    "laptop": dict(n_head=2, rope_theta=10_000.0, token_shift=True),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
                  norm="layer", activation="gelu", bias=True, tie_embeddings=True, qk_norm=False, softcap=0.0,
