@@ -136,8 +136,8 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
-    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those up "
-                                "to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those "
+                                "up to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
     mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
     mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
     mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
