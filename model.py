@@ -45,6 +45,7 @@ The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -1300,6 +1301,15 @@ def mosaic2_feedforward(config: Config) -> nn.Module:
     return MLP(config, swiglu_width=feedforward_weights(config) // (3 * config.n_embd))
 
 
+def mosaic2_start(block: nn.Module, layer: int) -> None:
+    """The paper's starting values of the linear layers: N(0, 1/(2C(layer+1))), cut at three standard deviations."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            C = block.mixer.memories[0].psi.in_features
+            std = (2 * C * (layer + 1)) ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The transformer around them
 
@@ -1582,6 +1592,7 @@ class Memory(NamedTuple):
         mixer(config, layer)    module(x, state, ve) -> y, state     x, y (B,T,C); ve (B,T,Hkv·D) or None
         feedforward(config)     module(x, state) -> y, state
         stack(config)           module(x, state, ve) -> y, state     ve (B,T,n,Hkv·D) or None
+        start(block, layer)     gives the linear layers of a block other starting values than the backbone's
 
     Each has flops(T): the forward FLOPs a token, averaged over a row of T tokens, of everything but
     its nn.Linear modules, which the stack counts. A stack's flops(T) are all of its FLOPs. A linear
@@ -1590,6 +1601,7 @@ class Memory(NamedTuple):
     mixer: type = Attention
     feedforward: type = MLP
     stack: type = Stack
+    start: Callable | None = None
 
 
 MEMORIES = {
@@ -1600,7 +1612,7 @@ MEMORIES = {
     "deltanet": Memory(mixer=DeltaNet),
     "knn": Memory(mixer=KNNAttention),
     "mosaic": Memory(mixer=ContextualMemory, feedforward=PersistentMemory),
-    "mosaic2": Memory(mixer=ShortAndLongMemory, feedforward=mosaic2_feedforward),
+    "mosaic2": Memory(mixer=ShortAndLongMemory, feedforward=mosaic2_feedforward, start=mosaic2_start),
 }
 
 
@@ -1721,6 +1733,10 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        start = MEMORIES[self.config.memory].start
+        if start is not None:
+            for layer in layers_with_memory(self.config):
+                start(self.body.blocks[layer], layer)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The blocks' matrices, of every mechanism alike: Muon's share. Embeddings, memory tokens,
