@@ -71,7 +71,7 @@ COSTS = {
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens", "seeds", "jobs"}
 # A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
-OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "deltanet"}
+OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "mosaic2", "deltanet"}
 
 
 class UserError(Exception):
@@ -88,7 +88,7 @@ WINDOWED = ("floor", "local")  # the baseline from below, by preference
 # The usual pattern of attention layers (S: short window, L: all of the past). Names leave it out.
 USUAL_WINDOW = "SSSL"
 # These memories replace a layer's attention or have their own window, so they don't follow the pattern.
-NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic"}
+NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic", "mosaic2"}
 # Okabe and Ito's colours: colour-blind readers can tell them apart. Markers do the same in grey.
 LOOKS = {
     "floor": dict(color="#000000", marker="d"),
@@ -102,10 +102,13 @@ LOOKS = {
     "deltanet": dict(color="#CC79A7", marker="P"),
     "knn": dict(color="#E69F00", marker="X"),
     "mosaic": dict(color="#56B4E9", marker="p"),
+    "mosaic2": dict(color="#332288", marker=">"),
 }
 OTHER_LOOK = dict(color="#994F00", marker="h")
 # Curves of one colour are told apart by their lines, in this order.
 LINES = ("solid", "dashed", "dashdot", "dotted")
+# Differences: two of these colours, and white for none.
+SAVED = matplotlib.colors.LinearSegmentedColormap.from_list("saved", ["#D55E00", "white", "#0072B2"])
 # What the names mean, for the reader of a report.
 CONDITIONS = {
     "floor": "no memory; attention sees a short window in every layer",
@@ -119,6 +122,7 @@ CONDITIONS = {
     "deltanet": "in place of attention a matrix per head, which is written and erased by the gated delta rule",
     "knn": "attention to a short window, and to the nearest keys in a store of what has left the window",
     "mosaic": "contextual associative memories in place of attention, persistent ones in place of the MLP",
+    "mosaic2": "short- and long-term contextual memories in place of attention, with gated keys and an adaptive kernel",
 }
 
 
@@ -233,6 +237,50 @@ def picture(figure) -> bytes:
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
     return png.getvalue()
+
+
+def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
+    """Sets the texts of tokens as a terminal with so many columns does -> line, column, character and index of the token,
+    for each character."""
+    glyphs = []
+    line = 0
+    column = 0
+    for token, text in enumerate(texts):
+        for character in text.expandtabs(4):
+            glyphs.append((line, column, character, token))
+            column += 1
+            if character == "\n" or column == columns:
+                line += 1
+                column = 0
+    return glyphs
+
+
+def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
+    """Passages one below the other, each token coloured by the bits that the carried state saved there.
+
+    A passage is a run's label and what `eval.py --task=carry` stores: texts and bits of the tokens, the window in tokens.
+    """
+    layouts = [lay_out(passage["texts"], columns) for _, passage in passages]
+    lines = [glyphs[-1][0] + 1 for glyphs in layouts]
+    height = 0.7 + sum(0.4 + 0.16 * n for n in lines)
+    figure, axes = panels(len(passages), 1, (9.5, height), height_ratios=lines)
+
+    # one scale for all leaves out the most extreme 2% of the tokens, and is at least a bit, so that noise stays pale
+    savings = [np.array(passage["bits"], dtype=float) for _, passage in passages]
+    top = max(1.0, np.nanquantile(np.abs(np.concatenate(savings)), 0.98))
+    for ax, (label, passage), bits, glyphs, n in zip(axes[:, 0], passages, savings, layouts, lines):
+        colours = np.full((n, columns), np.nan)
+        for line, column, character, token in glyphs:
+            colours[line, column] = bits[token]
+            shown = character if character.isprintable() or character == "\n" else "\ufffd"
+            if not shown.isspace():
+                ax.text(column, line, shown, family="monospace", fontsize=9, ha="center", va="center_baseline")
+        image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
+        ax.axis("off")
+        title = f"{label}: {bits.mean():+.3f} bits a token, beyond its window of {passage['window']} tokens"
+        ax.set_title(title, fontsize=10, loc="left")
+    figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------

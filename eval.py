@@ -10,6 +10,10 @@ Tasks
     position    the same by position in the row, and by position in the document
     extend      bits per byte on rows of up to 16 times the training length. The spans of such a row
                 hold different text: one span of several runs compares, several spans of one do not.
+    copy        bits per byte of what a look-up could have predicted: the last two tokens stood in the
+                row before, followed by this very target. Split by how far back that was.
+    carry       what the carried state is worth: bits per byte when it is thrown away every 16, 32,
+                ... tokens against never; and a picture of the tokens at which it helps
     niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of
                 validation text
     ood         loss by position on another corpus (Memory Mosaics, figure 10)
@@ -26,10 +30,13 @@ Glossary
     sums            nats, bytes and targets, summed by position: a tensor (3,positions), float64
     bucket          neighbouring positions taken together. Nats and bytes are summed before they are
                     divided, bpb = Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
-    piece           the tokens that one call of `stream` reads: as many as a row had in training. So
+    stretch         the tokens that one call of `stream` reads: as many as a row had in training. So
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
+    band            the targets whose distance (to what a look-up finds, or to where the state was
+                    thrown away) is in one span. From band to band the spans double, and like
+                    buckets the bands recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
@@ -38,10 +45,12 @@ Reading order
 
 References
     needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack
+    copy: "associative recall hits" of Arora et al. 2023, "Zoology", 2312.04927
     Memory Mosaics: Zhang et al. 2024, 2405.06394; its prompts: Eldan & Li 2023, 2305.07759
 """
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -63,8 +72,8 @@ from torch import Tensor
 
 from data import UserError, did_you_mean, encode
 from model import GPT, MEMORIES, Attention, Block, ContextualMemory, check_options, option, state_bytes
-from train import (RunConfig, autocast, bits_per_byte, checked, device_name, evaluate_bpb, fill_in,
-                   load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
+from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
+                   fill_in, load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
                    reset_peak_memory, save, save_json)
 
 
@@ -79,8 +88,8 @@ class Options:
                          choices=("auto", "cpu", "cuda"))
     seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed",
                        low=0, high=2**63 - 1)
-    tokens: int = option(0, "validation tokens; 0 = as many as in training", "bpb, position, ood",
-                         low=0)
+    tokens: int = option(0, "validation tokens; 0 = as many as in training",
+                         "bpb, position, ood, copy, carry", low=0)
     bucket: int = option(64, "positions taken together (ood: a quarter of it)",
                          "position, extend, ood", low=4)
     factor: int = option(16, "the longest rows, in training lengths", "extend", low=1)
@@ -299,8 +308,9 @@ def memory_ceiling(device):
 
 
 def by_halves(function, *tensors: Tensor) -> Tensor:
-    """function(*tensors), a row of the result for each row of the tensors. Where all rows are too
-    many for the memory, half of them at a time: a limit is to be that of a single sequence."""
+    """function(*tensors), a row of the result for each row of the tensors. If the memory is too
+    small for all rows, each half is computed by itself, so that a limit is always that of a single
+    sequence."""
     rows = len(tensors[0])
     try:
         return function(*tensors)
@@ -319,20 +329,20 @@ def by_halves(function, *tensors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) after what `state` remembers, piece by piece. Yields where a
-    piece begins, its logits (rows,piece,V) in float32, and the state after it."""
+    """Streams the tokens x (rows,T) after what `state` remembers, stretch by stretch. Yields where
+    a stretch begins, its logits (rows,stretch,V) in float32, and the state after it."""
     device = pick_device(run.cfg)
-    piece = run.cfg.max_seq_len
-    for start in range(0, x.size(1), piece):
+    stretch = run.cfg.max_seq_len
+    for start in range(0, x.size(1), stretch):
         with autocast(run.cfg):
-            logits, state = run.model.stream(x[:, start:start + piece].to(device), state)
+            logits, state = run.model.stream(x[:, start:start + stretch].to(device), state)
         yield start, logits.float(), state
 
 
 def read_to_end(run: Run, x: Tensor, state=None):
-    """Streams the tokens x (rows,T) -> the last piece's logits (None if T is 0), the state after
+    """Streams the tokens x (rows,T) -> the last stretch's logits (None if T is 0), the state after
     it."""
-    last = deque(read(run, x, state), maxlen=1)  # the logits of the pieces before it are not kept
+    last = deque(read(run, x, state), maxlen=1)  # the logits of the stretches before it are not kept
     if not last:
         return None, state
     _, logits, state = last.pop()
@@ -343,9 +353,9 @@ UNREAD = -1.0  # in place of nats, which are never negative
 
 
 def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
-    """Nats of each target y (rows,T), float64 on the CPU; UNREAD from where the rows cannot be read
-    on. Then the reason is appended to `limits`. Raises an error of memory as long as there are
-    several rows: fewer may fit."""
+    """Nats of each target y (rows,T), float64 on the CPU. From where the rows cannot be read on, the
+    nats are UNREAD and the reason is appended to `limits`. Raises an error of memory as long as
+    there are several rows: fewer may fit."""
     nats = torch.full(y.shape, UNREAD, dtype=torch.float64)
     try:
         for start, logits, _ in read(run, x):
@@ -365,16 +375,6 @@ def bpb_of(sums: Tensor) -> float | None:
     """Bits per byte of all positions in sums (3,...)."""
     nats, size, _ = sums.reshape(3, -1).sum(1).tolist()
     return bits_per_byte(nats, size)
-
-
-def buckets(sums: Tensor, width: int) -> dict:
-    """Sums by position (3,T) -> by bucket of `width` positions, in the form of result.json."""
-    T = sums.size(1)
-    nats, size, targets = F.pad(sums, (0, -T % width)).view(3, -1, width).sum(-1).tolist()
-    bpb = [bits_per_byte(n, b) for n, b in zip(nats, size)]
-    loss = [n / t if t else None for n, t in zip(nats, targets)]
-    return dict(bucket=width, positions=list(range(0, T, width)), nats=nats, bytes=size, targets=targets,
-                bpb=bpb, loss=loss)
 
 
 def add_tokens(digest, x: Tensor, y: Tensor) -> None:
@@ -424,8 +424,8 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
                   limit=limits[0] if limits else None,
                   val_bpb=bpb_of(by_row),
                   val_loss=nats / targets if targets else None,
-                  bpb_by_position=buckets(by_row, bucket),
-                  bpb_by_document_position=buckets(by_document, bucket))
+                  bpb_by_position=by_bucket(by_row, bucket),
+                  bpb_by_document_position=by_bucket(by_document, bucket))
     return result, by_row
 
 
@@ -504,20 +504,22 @@ def legend_below(figure, ax, title: str | None = None) -> None:
 CURVES = {"row": "bpb_by_position", "document": "bpb_by_document_position"}
 
 
+def print_columns(head: list[str], columns: list[dict], totals: list) -> None:
+    """A table of columns, each from a line's name to its number, and their totals. Where a column
+    lacks a line (a run with shorter rows has no later positions), no number is shown."""
+    names = dict.fromkeys(itertools.chain(*columns))
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    print_table(head, [*rows, ["all", *totals]])
+
+
 def print_by_position(runs: list[Run], results: list[dict], where: str) -> None:
     """Bits per byte of every bucket, a column a run. where: "row" or "document"."""
-    # position -> bits per byte, of each run
-    curves = []
+    columns = []
     for r in results:
         curve = r[CURVES[where]]
-        curves.append(dict(zip(curve["positions"], curve["bpb"])))
-
-    # A run with shorter rows has no number at later positions.
-    rows = []
-    for position in sorted(set().union(*curves)):
-        rows.append([position, *(curve.get(position) for curve in curves)])
-    rows.append(["all", *(r["val_bpb"] for r in results)])
-    print_table([f"position in the {where}", *(run.label for run in runs)], rows)
+        columns.append(dict(zip(curve["positions"], curve["bpb"])))
+    head = [f"position in the {where}", *(run.label for run in runs)]
+    print_columns(head, columns, [r["val_bpb"] for r in results])
 
 
 def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list]:
@@ -527,19 +529,19 @@ def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list
     Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left
     out.
     """
-    # Buckets are taken together, by sums again, until there are few enough.
+    # A point is the sum of so many neighbouring buckets that there are few enough points.
     sums = torch.tensor([curve["nats"], curve["bytes"], curve["targets"]], dtype=torch.float64)
-    narrow = curve["bucket"]
-    together = math.ceil(sums.size(1) / most)
-    wide = buckets(sums, together)
     enough = 0.001 * sums[1].sum().item()
+    together = math.ceil(sums.size(1) / most)
+    width = together * curve["bucket"]
 
     positions = []
     values = []
-    for first, value, size in zip(wide["positions"], wide[quantity], wide["bytes"]):
+    for i, bucket_sums in enumerate(sums.split(together, dim=1)):
+        nats, size, targets = bucket_sums.sum(1).tolist()
         if size > enough:
-            positions.append((first + together / 2) * narrow)
-            values.append(value)
+            positions.append((i + 0.5) * width)
+            values.append(nats / targets if quantity == "loss" else bits_per_byte(nats, size))
     return positions, values
 
 
@@ -597,12 +599,15 @@ def task_position(runs: list[Run], opts: Options) -> None:
     draw_by_position("position", runs, results)
 
 
+def doubling(first: int, end: int) -> list[int]:
+    """first, 2·first, 4·first, ... as far as they are below end"""
+    doublings = math.ceil(math.log2(end / first)) if first < end else 0
+    return [first * 2**i for i in range(doublings)]
+
+
 def span_ends(L: int, factor: int) -> list[int]:
     """Where the spans of a row of factor training lengths end: L, 2L, 4L, ... and factor·L."""
-    ends = [L * 2**i for i in range(factor.bit_length())]
-    if ends[-1] < factor * L:
-        ends.append(factor * L)
-    return ends
+    return [*doubling(L, factor * L), factor * L]
 
 
 def task_extend(runs: list[Run], opts: Options) -> None:
@@ -658,6 +663,187 @@ def task_ood(runs: list[Run], opts: Options) -> None:
     print_by_position(runs, results, "row")
     note_other_tokens(results)
     draw_by_position("ood", runs, results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# copy, carry: what a look-up could have predicted, and what the carried state is worth
+
+def validation_rows(run: Run, corpus, tokens: int) -> tuple[Tensor, Tensor, str]:
+    """All rows that `position` measures -> x, y (rows,T), the hash of their tokens"""
+    T = run.cfg.max_seq_len
+    batches = corpus.eval_batches(T, run.rows_at_once(T), tokens or None)
+    x, y, _ = map(torch.cat, zip(*batches))                                             # (rows,T)
+    digest = hashlib.sha256()
+    add_tokens(digest, x, y)
+    return x, y, digest.hexdigest()
+
+
+def nats_in_parts(run: Run, n: int, x: Tensor, y: Tensor) -> Tensor:
+    """Nats of each target y (rows,T) if the state is thrown away after every n tokens: each part of
+    n tokens is read as a row of its own. Raises UserError where a part cannot be read."""
+    parts = []
+    for tokens in (x, y):
+        padded = F.pad(tokens, (0, -tokens.size(1) % n))  # what stands at the end changes nothing before it
+        parts.append(padded.reshape(-1, n).split(run.rows_at_once(n)))
+
+    limits = []
+    nats = [by_halves(partial(row_nats, run, limits), *batch) for batch in zip(*parts)]
+    if limits:
+        raise UserError(f"{run.label}: a row of {n} tokens cannot be read ({limits[0]}); leave out this task")
+    return torch.cat(nats).view(len(x), -1)[:, :x.size(1)]
+
+
+def band_names(starts: list[int], end: int) -> list[str]:
+    """Names of the bands that begin at `starts`, the last of which stops before `end`: "0", "1",
+    "2-3", ..."""
+    names = []
+    for start, stop in zip(starts, [*starts[1:], end]):
+        names.append(str(start) if stop == start + 1 else f"{start}-{stop - 1}")
+    return names
+
+
+def by_band(names: list[str], bands: Tensor, nats: Tensor, size: Tensor) -> dict:
+    """Bits per byte in all and by band, from the nats, bytes and band of every target (rows,T); a
+    band is an index of names."""
+    scored = size > 0  # an end of text has no bytes and does not count
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
+    sums.index_add_(1, bands[scored], torch.stack([nats, size.double(), torch.ones_like(nats)])[:, scored])
+
+    found = []
+    for name, (n, b, targets) in zip(names, sums.T.tolist()):
+        found.append(dict(band=name, nats=n, bytes=b, targets=targets, bpb=bits_per_byte(n, b)))
+    total = bits_per_byte(sum(band["nats"] for band in found), sum(band["bytes"] for band in found))
+    return dict(bpb=total, bands=found)
+
+
+def print_bands(head: list[str], results: list[dict]) -> None:
+    """The bits per byte that by_band gave, a column a result"""
+    columns = [{band["band"]: band["bpb"] for band in r["bands"]} for r in results]
+    print_columns(head, columns, [r["bpb"] for r in results])
+
+
+def copy_distances(row: list[int]) -> list[int]:
+    """How far back a look-up finds each target row[t+1]: a distance in tokens for every t.
+
+    The last two tokens and the target, row[t-1:t+2], stood in the row before, as row[j-1:j+2]. The
+    distance to the latest such place is t - j. It is 0 if there is none.
+    """
+    latest = {}
+    distances = [0]  # before the first target stands a single token
+    for t, three in enumerate(zip(row, row[1:], row[2:]), start=1):
+        distances.append(t - latest.get(three, t))
+        latest[three] = t
+    return distances
+
+
+def measure_copy(run: Run, corpus, tokens: int) -> dict:
+    """Bits per byte by the distance to what could be copied. The first band lies inside the window
+    W of an S layer; the last one, "other", holds the targets that could not be copied. Bands hold
+    different text: one band of several runs compares, several bands of one do not."""
+    T = run.cfg.max_seq_len
+    W = min(run.cfg.local_window, T)
+    x, y, sha256 = validation_rows(run, corpus, tokens)
+
+    # The bands begin at the distances 1, W, 2W, 4W, ...
+    starts = sorted({1, *doubling(W, T)})
+    distances = [copy_distances(row) for row in torch.cat([x, y[:, -1:]], 1).tolist()]
+    bands = torch.bucketize(torch.tensor(distances), torch.tensor(starts), right=True) - 1
+    bands[bands == -1] = len(starts)  # the distance is 0
+
+    names = [*band_names(starts, T), "other"]
+    measured = by_band(names, bands, nats_in_parts(run, T, x, y), corpus.token_bytes[y])
+    return dict(tokens_sha256=sha256, length=T, window=W) | measured
+
+
+def task_copy(runs: list[Run], opts: Options) -> None:
+    """Bits per byte of what could be copied from inside the window and from farther back, and of
+    all other targets."""
+    results = []
+    for run in runs:
+        result = measure_copy(run, run.corpus(), opts.tokens or run.cfg.eval_tokens)
+        save_result(run, "copy", result)
+        results.append(result)
+        copied = [band["bytes"] for band in result["bands"][:-1]]
+        other = result["bands"][-1]["bytes"]
+        print(f"{run.label}: {sum(copied) / (sum(copied) + other):.0%} of the bytes could be copied", flush=True)
+    print("bits per byte")
+    print_bands(["tokens back", *(run.label for run in runs)], results)
+    note_other_tokens(results)
+
+
+PASSAGE = 256  # tokens in the picture
+
+
+def measure_carry(run: Run, corpus, tokens: int) -> dict:
+    """What it costs to throw the state away every 16, 32, ... tokens. The nats and bits per byte of
+    such a cut are differences: with it minus without. Its bands tell how many tokens were read since
+    the cut; the first band holds the beginnings of rows, before any cut."""
+    T = run.cfg.max_seq_len
+    x, y, sha256 = validation_rows(run, corpus, tokens)
+    size = corpus.token_bytes[y]
+    uncut = nats_in_parts(run, T, x, y)
+    cuts = []
+    position = torch.arange(T).expand(x.shape)
+    for n in doubling(16, T):
+        # The bands begin at 0, 1, 2, 4, ... tokens after a cut.
+        starts = [0, *doubling(1, n)]
+        bands = torch.bucketize(position % n, torch.tensor(starts), right=True)
+        bands[position < n] = 0
+
+        names = ["no cut yet", *band_names(starts, n)]
+        cut = by_band(names, bands, nats_in_parts(run, n, x, y) - uncut, size)
+        cuts.append(dict(every=n) | cut)
+        print(f"{run.label}: to throw its state away every {n} tokens costs {cut['bpb']:.4f} bits per byte", flush=True)
+
+    whole = by_band(["no cut yet"], torch.zeros_like(y), uncut, size)
+    return dict(tokens_sha256=sha256, length=T, bpb=whole["bpb"], cuts=cuts)
+
+
+def carried_bits(run: Run, corpus) -> dict | None:
+    """The bits that the state from before the window saves at each token of a passage: the loss
+    after reading the last W tokens alone, minus the loss after reading the row from its start. None
+    if the window is as long as a row."""
+    T = run.cfg.max_seq_len
+    W = run.cfg.local_window
+    n = min(PASSAGE, T - W)
+    if n <= 0:
+        return None
+
+    # The passage ends the row with the fewest ends of text, so that its past belongs to it.
+    x, y, _ = next(corpus.eval_batches(T, 16, 16 * T))
+    row = (x == corpus.eos).sum(1).argmin()
+    x = x[row]
+    y = y[row]
+    full = nats_in_parts(run, T, x[None], y[None])[0, -n:]
+
+    # A row for each target: the W tokens before it. Only its last loss counts.
+    cut = nats_in_parts(run, W, x.unfold(0, W, 1)[-n:], y.unfold(0, W, 1)[-n:])[:, -1]
+
+    tokens = y[-n:].tolist()
+    texts = [corpus.encoding.decode_single_token_bytes(token).decode(errors="replace") for token in tokens]
+    return dict(window=W, tokens=tokens, texts=texts, bits=(cut - full) / math.log(2))
+
+
+def task_carry(runs: list[Run], opts: Options) -> None:
+    """The rows of `position` with a state that is thrown away, and where in a text that costs."""
+    import analyze
+    results = []
+    passages = []
+    for run in runs:
+        corpus = run.corpus()
+        result = measure_carry(run, corpus, opts.tokens or run.cfg.eval_tokens)
+        result["passage"] = carried_bits(run, corpus)
+        save_result(run, "carry", result)
+        results.append(result)
+        if result["passage"]:
+            passages.append((run.label, plain(result["passage"])))
+
+        # the longest parts come first, because they have all bands
+        cuts = result["cuts"][::-1]
+        print_bands(["tokens since the cut", *(f"every {cut['every']}" for cut in cuts)], cuts)
+    note_other_tokens(results)
+    if passages:
+        save_picture(runs[0], "carry", analyze.figure_passages(passages))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,7 +913,9 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     hay = torch.cat([x for x, *_ in corpus.eval_batches(length, opts.pairs, opts.pairs * length)])
     pair = torch.arange(len(keys)) // 2
     prompts = [hide(row, depth, before, after, key) for row, key in zip(hay[pair % len(hay)], keys)]
-    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    # The two keys of a pair are neighbouring rows; swapped, each is where the other was.
+    wrong = keys.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)                            # (2·pairs,n)
 
     # As many rows at once as in training; a limit in any of them is the cell's.
     scores = []
@@ -738,7 +926,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     except FAILURES as e:
         return dict(cell, limit=limit(e))
 
-    # The two keys of a pair are neighbouring rows.
+    # A pair's margin is the mean of its two keys' margins.
     log_p_key, log_p_wrong, spelled = torch.cat(scores).unbind(1)
     margins = (log_p_key - log_p_wrong).view(-1, 2).mean(1)                             # (pairs,)
     return dict(cell, exact=spelled.mean(), margin=margins.mean(), margins=margins,
@@ -885,22 +1073,22 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
     profiles = []
     mixers = dict(attention_layers(run))
     for i, shares in total.items():
-        leak = None
+        decay = None
         if isinstance(mixers[i], ContextualMemory):
-            leak = mixers[i].key.decay().detach().cpu()    # λ (H,)
-        profiles.append(dict(layer=i, length=length, sequences=n, leak=leak,
+            decay = mixers[i].key.decay().detach().cpu()    # λ (H,)
+        profiles.append(dict(layer=i, length=length, sequences=n, decay=decay,
                              memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
     return profiles
 
 
 def attention_row(found: dict) -> list:
     """A layer's line in the table: means over its heads."""
-    leaks = None
-    if found["leak"] is not None:
-        leaks = f"{found['leak'].min():.3f} {found['leak'].max():.3f}"
+    decays = None
+    if found["decay"] is not None:
+        decays = f"{found['decay'].min():.3f} {found['decay'].max():.3f}"
     profile = found["profile"].mean(0)
     return [found["layer"], found["length"], found["memory"].mean().item(), profile[0].item(),
-            profile[-RECENT:].sum().item(), leaks]
+            profile[-RECENT:].sum().item(), decays]
 
 
 def task_attention(runs: list[Run], opts: Options) -> None:
@@ -926,7 +1114,7 @@ def task_attention(runs: list[Run], opts: Options) -> None:
             n = found[0]["sequences"]
             print(f"{run.label}: share of the last position's attention, mean of heads and {n} rows")
             head = ["layer", "tokens", "memory", "first token", f"last {RECENT} tokens",
-                    "leaky λ, least and most"]
+                    "decay λ, least and most"]
             print_table(head, [attention_row(f) for f in found])
             draw_attention(run, found)
 
@@ -939,9 +1127,11 @@ def draw_attention(run: Run, found: list[dict]) -> None:
     layers = sorted({f["layer"] for f in found})
     layers = sorted({layers[round(i * (len(layers) - 1) / 3)] for i in range(4)})
     lengths = sorted({f["length"] for f in found})
-    mosaic = any(f["leak"] is not None for f in found)
+    mosaic = any(f["decay"] is not None for f in found)
     rows = len(layers)
-    cols = len(lengths) + mosaic
+    cols = len(lengths)
+    if mosaic:
+        cols += 1
     figure, axes = analyze.panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
 
     for f in found:
@@ -951,11 +1141,11 @@ def draw_attention(run: Run, found: list[dict]) -> None:
         column = lengths.index(f["length"])
         colours = draw_profile(row[column], f, trained=f["length"] == run.cfg.max_seq_len)
         if column == 0:
-            columns = 2 if f["leak"] is None else 4
+            columns = 2 if f["decay"] is None else 4
             row[0].legend(fontsize=7, frameon=False, ncols=columns, loc="upper left")
-        if column == 0 and f["leak"] is not None:
+        if column == 0 and f["decay"] is not None:
             draw_recent(row[-1], f, colours)
-        if mosaic and f["leak"] is None:
+        if mosaic and f["decay"] is None:
             row[-1].set_visible(False)  # a hybrid's layers of attention have no λ
     figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)",
                     fontsize=11)
@@ -966,8 +1156,8 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
     """Attention against the position attended to, a curve a head -> the heads' colours."""
     from matplotlib import colormaps
     heads, T = found["profile"].shape
-    leaky = found["leak"] is not None
-    shades = found["leak"] if leaky else torch.arange(heads) / heads
+    has_decay = found["decay"] is not None
+    shades = found["decay"] if has_decay else torch.arange(heads) / heads
     colours = [colormaps["viridis"](0.9 * shade) for shade in shades.tolist()]
 
     # Neighbouring positions are averaged for the eye. What is out of the window gets no point.
@@ -977,7 +1167,7 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
     middle = T % width + (torch.arange(shown.size(1)) + 0.5) * width
     for head in range(heads):
         memory = found["memory"][head].item()
-        label = f"λ = {shades[head]:.2f}" if leaky else f"head {head}"
+        label = f"λ = {shades[head]:.2f}" if has_decay else f"head {head}"
         if memory > 0:
             label += f", memory {memory:.0%}"
         ax.plot(middle, shown[head], lw=1.1, color=colours[head], label=label)
@@ -993,10 +1183,11 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
 
 
 def draw_recent(ax, found: dict, colours: list) -> None:
-    """What share of a head's attention is recent, against its leaky coefficient (figure 15)."""
+    """What share of a head's attention is recent, against its decay λ, the paper's leaky
+    coefficient (figure 15)."""
     recent = found["profile"][:, -RECENT:].sum(-1)
-    ax.scatter(found["leak"], recent, c=colours, s=45)
-    ax.set(xlabel="leaky coefficient λ of a head", ylabel=f"last {RECENT} tokens (share)",
+    ax.scatter(found["decay"], recent, c=colours, s=45)
+    ax.set(xlabel="decay λ of a head", ylabel=f"last {RECENT} tokens (share)",
            xlim=(-0.02, 1.02), ylim=(0, 1))
 
 
@@ -1181,12 +1372,14 @@ def speed_of(run: Run, opts: Options) -> dict:
                 seconds += clock(device) - began
                 context += L
 
-            # The point counts even where decoding then fails.
+            # What was read counts, even where there is no memory left for decoding.
             point = dict(context=context, prefill_tokens_per_second=context / seconds,
                          state_bytes=state_bytes(state))
-            points.append(point)
-            point.update(ms_per_token=median_ms(run, tokens[:, :1], state))
-            point.update(peak_memory_mib(device))
+            try:
+                point["ms_per_token"] = median_ms(run, tokens[:, :1], state)
+                point.update(peak_memory_mib(device))
+            finally:
+                points.append(point)
     except FAILURES as e:
         reason = limit(e)
     return dict(points=points, limit=reason, reached=context)
@@ -1234,15 +1427,6 @@ def speed_rows(label: str, result: dict) -> list[list]:
     return rows
 
 
-def short(number: float, _=None) -> str:
-    """A number at an axis: 2k, 1.5M. (The second argument is matplotlib's position of the tick.)"""
-    if number >= 1e6:
-        return f"{number / 1e6:g}M"
-    if number >= 1e3:
-        return f"{number / 1e3:g}k"
-    return f"{number:g}"
-
-
 def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
     """Four panels against the context: prefill, decoding, state, peak memory."""
     import analyze
@@ -1259,7 +1443,7 @@ def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
     for _, result in measured:
         contexts.update(point["context"] for point in result["points"])
     ticks = sorted(contexts)[::2]
-    names = [f"{t / 1024:g}k" if t >= 1024 else str(t) for t in ticks]
+    names = [f"{context:,}" for context in ticks]
 
     figure, axes = analyze.panels(2, 2, (9.5, 7.2))
     for ax, (name, label) in zip(axes.flat, quantities.items()):
@@ -1267,7 +1451,7 @@ def draw_speed(measured: list[tuple[Run, dict]], first: Run) -> None:
         draw_quantity(ax, name, measured)
         ax.set_xticks(ticks, names)
         ax.xaxis.minorticks_off()
-        ax.yaxis.set_major_formatter(short)
+        ax.yaxis.set_major_formatter(analyze.human)
     limited = any(result["limit"] for _, result in measured)
     title = "x: the model or the machine goes no further" if limited else None
     legend_below(figure, axes[0, 0], title)
@@ -1300,6 +1484,8 @@ TASKS = {
     "extend": task_extend,
     "niah": task_niah,
     "ood": task_ood,
+    "copy": task_copy,
+    "carry": task_carry,
     "attention": task_attention,
     "generate": task_generate,
     "speed": task_speed,

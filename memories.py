@@ -9,7 +9,7 @@ their gradients.
                            them in Triton's interpreter, and prints what each kernel reads, writes and computes.
 
 Reading order
-    leaky_average      Memory Mosaics' key smoothing        y_t = x_t + λ y_{t-1}
+    leaky_average      Memory Mosaics' key smoothing        y_t = g_t x_t + λ_t y_{t-1}
     gated_delta_rule   Gated DeltaNet's fast weights        S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ
     ttt_linear         TTT-Linear's inner gradient descent  W_i = W_start - s_i Σ_{j<=i} η_j k_jᵀ ∇_j
     the kernels        what they share, then those of the delta rule, then those of TTT-Linear
@@ -26,14 +26,15 @@ Glossary (name in the code = symbol in the paper)
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
                        starts; W_start and b_start are those at the start of a mini-batch
     grad = ∇           inner gradient of a token's loss; a name that begins with d, as dq, is a gradient of the training
-    decay = λ          leak of the key average
+    decay = λ          leak of the key average; log_decay is log λ
     state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               "loop", "chunk", "triton", or "auto": triton for CUDA tensors of a supported shape, else chunk
 
 Every function continues from a state exactly: f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
 
 References
-    Memory Mosaics: Zhang et al. 2024 (arXiv 2405.06394), official code github.com/facebookresearch/MemoryMosaics
+    Memory Mosaics: Zhang et al. 2024 (arXiv 2405.06394), official code github.com/facebookresearch/MemoryMosaics;
+                    with gates Zhang & Bottou 2025 (2507.03285), whose code is not public
     Gated DeltaNet: Yang, Kautz, Hatamizadeh 2025 (2412.06464), official code github.com/NVlabs/GatedDeltaNet
     DeltaNet in chunks: Yang et al. 2024 (2406.06484)
     TTT-Linear: Sun et al. 2024 (2407.04620), official code github.com/test-time-training/ttt-lm-pytorch and ttt-lm-jax
@@ -106,12 +107,16 @@ def read(matrix: Tensor, key: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaky average (Memory Mosaics)
 
-def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """y_t = x_t + λ y_{t-1}, with one λ per head   (Zhang et al. 2024, eq. 7).
+def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: str = "auto",
+                  log_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y_t = g_t x_t + λ_t y_{t-1}, with one λ per head (Zhang et al. 2024, eq. 7), or with a λ and a
+    gate g that every token chooses (Zhang & Bottou 2025, eq. 8).
 
-    x      (B,T,H,D)  float
-    decay  (H,)       λ, in [0, 1)
-    state  (B,H,D)    y of the token before x; zeros where it is None
+    x         (B,T,H,D)  float
+    decay     (H,)       λ, in [0, 1)
+              (B,T,H)    or log λ_t, at most 0
+    state     (B,H,D)    y of the token before x; zeros where it is None
+    log_gate  (B,T,H)    log g_t; g is 1 where it is None
 
     Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
     Raises ValueError for an impl other than auto, loop and chunk. There is no Triton kernel: the
@@ -127,16 +132,27 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
     if T == 0:
         return x, state
 
-    form = _leaky_loop if impl == "loop" or T == 1 else _leaky_chunk
-    y = form(x.to(dtype), decay.to(dtype), state.to(dtype))
+    gated = x.to(dtype)
+    if log_gate is not None:
+        gated = log_gate.to(dtype).exp()[..., None] * gated
+    per_token = decay.dim() == 3
+    if impl == "loop" or T == 1:
+        form = _leaky_loop
+    else:
+        form = _leaky_chunk_per_token if per_token else _leaky_chunk
+    y = form(gated, decay.to(dtype), state.to(dtype))
     return y.to(x.dtype), y[:, -1]
 
 
 def _leaky_loop(x, decay, y):
     """Token by token: y (B,H,D) is the state."""
+    if decay.dim() == 3:
+        decays = decay.exp().unbind(1)                                                  # λ_t  (B,H)
+    else:
+        decays = [decay] * x.size(1)
     outputs = []
-    for x_t in x.unbind(1):
-        y = x_t + decay[:, None] * y
+    for x_t, decay_t in zip(x.unbind(1), decays):
+        y = x_t + decay_t[..., None] * y
         outputs.append(y)
     return torch.stack(outputs, 1)
 
@@ -164,6 +180,34 @@ def _leaky_chunk(x, decay, state):
     weight = torch.pow(decay[None, :], i[:, None] + 1)                                  # (C,H)
     y = y + weight[:, :, None] * before[:, :, None]
     return y.reshape(B, -1, H, D)[:, :T]
+
+
+def _leaky_chunk_per_token(x, log_decay, state):
+    """As `_leaky_chunk`, for a λ that every token chooses. A chunk's end then has the product of
+    its tokens' λ for a decay."""
+    B, T, H, D = x.shape
+    C = min(LEAKY_CHUNK, T)
+    x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, D).movedim(3, 1)            # (B,H,n,C,D)
+    log_decay = F.pad(log_decay, (0, 0, 0, -T % C)).view(B, -1, C, H).movedim(3, 1)     # (B,H,n,C)
+
+    # each chunk as if nothing came before it: y = L x with L_ij = λ_{j+1} … λ_i for i >= j. Their
+    # logarithms are summed for every pair, as in `_delta_chunk`: nothing cancels, nothing overflows.
+    later = log_decay[..., None, :].expand(*log_decay.shape, C).triu(1)                 # row j: log λ_l for l > j
+    L = later.cumsum(-1).mT.exp().tril()                                                # (B,H,n,C,C)
+    y = L @ x
+
+    # y of the token before each chunk: the state, and then the chunks' ends
+    log_to_here = log_decay.cumsum(-1)                                                  # of λ_1 … λ_i
+    before = state[:, :, None]                                                          # (B,H,1,D)
+    if y.size(2) > 1:
+        ends = y[:, :, :-1, -1].transpose(1, 2)                                         # (B,n-1,H,D)
+        log_decay_of_chunks = log_to_here[:, :, :-1, -1].transpose(1, 2)                # (B,n-1,H)
+        ends = _leaky_chunk_per_token(ends, log_decay_of_chunks, state)
+        before = torch.cat([before, ends.transpose(1, 2)], 2)                           # (B,H,n,D)
+
+    # what came before reaches position i of a chunk with weight λ_1 … λ_i
+    y = y + log_to_here.exp()[..., None] * before[:, :, :, None]
+    return y.movedim(1, 3).reshape(B, -1, H, D)[:, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1429,12 +1473,15 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def example(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16, device="cpu",
-            dtype=torch.float32) -> dict:
+            dtype=torch.float32, gated: bool = False) -> dict:
     """Arguments of a function as a trained layer would give them. x, q, k and v have the dtype that
-    is asked for; gates, weights and states are in float32 at least."""
+    is asked for; gates, weights and states are in float32 at least. gated: leaky_average's two."""
     def normal(*shape):
         return torch.randn(*shape, device=device, dtype=state_dtype(dtype))
 
+    if name == "leaky_average" and gated:
+        return dict(x=normal(B, T, H, D).to(dtype), decay=-normal(B, T, H).exp(), state=normal(B, H, D),
+                    log_gate=normal(B, T, H))
     if name == "leaky_average":
         return dict(x=normal(B, T, H, D).to(dtype), decay=normal(H).sigmoid(), state=normal(B, H, D))
 

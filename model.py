@@ -21,6 +21,7 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
     KNNAttention                       `knn`: an external store that is searched for the nearest keys
     TTT, DeltaNet                      `ttt`, `deltanet`: recurrent memories
     ContextualMemory, PersistentMemory `mosaic`: both halves of a Memory Mosaics block
+    ShortAndLongMemory                 `mosaic2`: its successor
     MLP, TokenShift, Block, Stack      the transformer around them
     RMT                                `rmt`: memory tokens carried from segment to segment, wrapped around the stack
     Memory, MEMORIES                   what a memory has to offer, and the table of memories
@@ -39,7 +40,8 @@ Glossary (name here = symbol in the papers)
 
 References: persistent memory (Sukhbaatar et al. 2019, 1907.01470), RMT (Bulatov et al. 2022, 2207.06881), TTT-Linear
 (Sun et al. 2024, 2407.04620), Gated DeltaNet (Yang et al. 2025, 2412.06464), nearest-key store (Wu et al. 2022,
-2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394). The d12 preset's backbone is nanochat's (via memory-bench).
+2203.08913), Memory Mosaics (Zhang et al. 2024, 2405.06394) and their second version (Zhang & Bottou 2025, 2507.03285).
+The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math
@@ -88,7 +90,7 @@ def check_options(config) -> None:
 class Config:
     """The architecture, flat. A Config that exists can be built: all others raise ValueError with
     one sentence."""
-    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn or mosaic", "memory")
+    memory: str = option("none", "which memory: none, persistent, rmt, ttt, deltanet, knn, mosaic or mosaic2", "memory")
     memory_layers: str = option("all", "layers that carry it: all, middle, one index, or indexes joined by + (1+3)",
                                 "memory")
 
@@ -134,6 +136,12 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those up "
+                                "to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
+    mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
+    mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
+    mosaic2_mlp: bool = option(True, "mosaic2: an MLP as persistent memory; off = learned pairs", "memory")
 
     def __post_init__(self):
         if self.n_kv_head == 0:
@@ -1007,13 +1015,20 @@ class MosaicKey(nn.Module):
     def size(self):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
+        if self.scale is None:
+            return torch.ones_like(self.phi.weight[::self.D, 0])
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
-    def forward(self, x, k_bar):
+    def gates(self, x):
+        """What leaky_average takes for decay and log_gate."""
+        return self.decay(), None
+
+    def forward(self, x, k_bar, impl="auto"):
         """x (B,T,C), k_bar (B,H,D) or None -> keys (B,H,T,D), the new k_bar."""
         new = self.phi(x).unflatten(-1, (-1, self.D))                                   # (B,T,H,D)
         with full_precision(x):
-            averages, k_bar = leaky_average(new, self.decay(), k_bar)
+            decay, log_gate = self.gates(x)
+            averages, k_bar = leaky_average(new, decay, k_bar, impl, log_gate)
             keys = self.size()[:, None, None] * unit(averages.transpose(1, 2))
             return keys.to(averages.dtype), k_bar
 
@@ -1045,13 +1060,14 @@ class ContextualMemory(nn.Module):
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ / 10
         self.out = nn.Linear(C, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
+        self.window = None                                      # pairs that a query sees; None for all
 
     def slow(self, x):
         """The layer on a whole sequence, token by token."""
         k = self.key.slow(x)                                                            # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
-        size = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None]
+        size = self.size()[:, None, None]
         ys = [torch.zeros_like(u[:, :, 0])]                     # nothing stands before token 0
         for t in range(1, x.size(1)):
             # the values before t: each has seen the token after its own
@@ -1061,6 +1077,10 @@ class ContextualMemory(nn.Module):
             score = k[:, :, :t] @ k[:, :, t, :, None]                                   # (B,H,t,1)
             ys.append((score.softmax(2) * v).sum(2))
         return self.out(join_heads(torch.stack(ys, 2)))
+
+    def size(self):
+        """The values' length (H,)."""
+        return (EXP_SPEEDUP * self.scale).exp()
 
     def forward(self, x, state=None, ve=None):
         """x (B,T,C) -> y (B,T,C), the new state."""
@@ -1074,32 +1094,48 @@ class ContextualMemory(nn.Module):
         halves = extend(past_u, u)
         with full_precision(x):
             a = self.mix[:, None, None]
-            size = (EXP_SPEEDUP * self.scale).exp()[:, None, None]
+            size = self.size()[:, None, None]
             v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])  # v_i for i < t
         keys = extend(past_k, k)
         values = extend(past_v, v.to(u.dtype))
 
         # Each key asks those before it. Nothing stands before token 0, where y is 0.
         queries = k[:, :, 1:] if state is None else k
-        dropout = self.dropout if self.training else 0.0
-        y = queries
-        if queries.size(2) > 0:
-            y = attend(queries, keys[:, :, :-1], values, scale=1.0, dropout=dropout)
+        y = self.ask(queries, keys[:, :, :-1], values)
         if state is None:
             y = F.pad(y, (0, 0, 1, 0))
-        return self.out(join_heads(y)), ContextState(k_bar, keys, values, u[:, :, -1:])
+        gone = max(keys.size(2) - self.window, 0) if self.window else 0     # pairs that no later query sees
+        return self.out(join_heads(y)), ContextState(k_bar, keys[:, :, gone:], values[:, :, gone:], u[:, :, -1:])
+
+    def ask(self, queries, keys, values):
+        """What queries (B,H,T,D) find among the pairs before them; the last query stands behind the last
+        pair."""
+        if queries.size(2) == 0:
+            return values[:, :, :0]
+        dropout = self.dropout if self.training else 0.0
+        return attend(queries, keys, values, self.window, scale=1.0, dropout=dropout)
 
     def weights(self, x, state, ve=None):
         """Where the queries of a later call look, as `Attention.weights`: no free keys, and nothing
         on the own token."""
         k, _ = self.key(x, state.k_bar)
         keys = extend(state.k, k)[:, :, :-1].double()
-        weights = attend(k.double(), keys, one_hot_values(keys), scale=1.0)
+        weights = self.ask(k.double(), keys, one_hot_values(keys))
         return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
-        """Causal attention to all of the past."""
-        return attention_flops(T, None, self.psi.in_features)
+        """Causal attention to all of the past, or to a window."""
+        return attention_flops(T, self.window, self.psi.in_features)
+
+
+def feedforward_weights(config: Config) -> int:
+    """The weights that make a mosaic block's second half, so that the block has as many as one of attention."""
+    C = config.n_embd
+    mixer = 3 * C * C
+    if config.memory == "mosaic2":
+        gates = 2 * C * config.n_head if config.mosaic2_gated else 0
+        mixer = (mixer + gates) * (2 if config.mosaic2_long else 1)
+    return 10 * C * C + 2 * C * config.n_kv_head * config.head_dim - mixer
 
 
 class PersistentMemory(nn.Module):
@@ -1111,8 +1147,7 @@ class PersistentMemory(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.dropout = config.dropout
-        # An attention block has 2C(C + Hkv·D) + 8C² weights; a mosaic block 5C² + 2·N·C.
-        N = config.mosaic_slots or (5 * C + 2 * config.n_kv_head * self.D) // 2
+        N = config.mosaic_slots or (feedforward_weights(config) - 2 * C * C) // (2 * C)
         self.key = MosaicKey(config, power=2)
         self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
@@ -1143,19 +1178,147 @@ class PersistentMemory(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025; its code is not public). Each of its four changes can be switched off
+
+class GatedKey(MosaicKey):
+    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8)."""
+    def __init__(self, config: Config, power: float):
+        super().__init__(config, power)
+        self.leak = None
+        self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)                 # W_g
+        self.forget = nn.Linear(config.n_embd, config.n_head, bias=False)               # W_λ
+
+    def gates(self, x):
+        """log λ_t and log g_t (B,T,H)."""
+        return -self.forget(x).abs(), self.gate(x)
+
+
+class AdaptiveMemory(ContextualMemory):
+    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^α + β_0: the more pairs, the sharper   (eq. 6).
+
+    They are the last `window` pairs up to t - m. In training every pass draws an m of its own from
+    lags = (least, largest), in every layer; evaluation takes the least.
+    """
+    def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
+        super().__init__(config, layer)
+        self.window = window
+        self.lags = lags
+        self.key = GatedKey(config, power=1) if config.mosaic2_gated else MosaicKey(config, power=1)
+        self.is_adaptive = config.mosaic2_adaptive
+        if self.is_adaptive:
+            self.key.scale = None
+            start = torch.ones(config.n_head)
+            self.scale = nn.Parameter(0 * start)
+            self.beta_0 = nn.Parameter(1.5 * start)                                     # log β_0
+            self.beta_1 = nn.Parameter(1.5 * start)                                     # log β_1
+            self.alpha = nn.Parameter(start / 3)
+
+    def size(self):
+        """The values' length (H,), exp(min(|θ|, 15)). |θ| has a gradient at 0 too, where θ starts."""
+        if not self.is_adaptive:
+            return super().size()
+        return torch.where(self.scale < 0, -self.scale, self.scale).clamp(max=15).exp()
+
+    def sharpen(self, queries, n):
+        """β_n times queries (B,H,T,D), before which there are n (T,) pairs."""
+        if not self.is_adaptive:
+            return queries
+        with full_precision(queries):
+            power = n.clamp(1, self.window) ** self.alpha.abs().clamp(max=1)[:, None]   # n^α  (H,T)
+            beta = self.beta_1.clamp(max=10).exp()[:, None] * power + self.beta_0.clamp(max=10).exp()[:, None]
+            return (beta[..., None] * queries).to(queries.dtype)
+
+    def slow(self, x):
+        """The layer on a whole sequence, token by token; the keys' average is the loop in memories.py."""
+        k, _ = self.key(x, None, impl="loop")                                           # (B,H,T,D)
+        u = split_heads(self.psi(x), self.D)
+        a = self.mix[:, None, None]
+        v_bar = a * u[:, :, :-1] + (1 - a) * u[:, :, 1:]
+        v = self.size()[:, None, None] * v_bar / v_bar.norm(dim=-1, keepdim=True)
+        ys = []
+        for t in range(x.size(1)):
+            end = max(t + 1 - self.lags[0], 0)
+            begin = max(end - self.window, 0) if self.window else 0
+            query = self.sharpen(k[:, :, t:t + 1], torch.tensor([end - begin]))
+            score = k[:, :, begin:end] @ query.mT                                       # (B,H,n,1)
+            ys.append((score.softmax(2) * v[:, :, begin:end]).sum(2))                   # 0 where n = 0
+        return self.out(join_heads(torch.stack(ys, 2)))
+
+    def ask(self, queries, keys, values):
+        """As ContextualMemory.ask, but of the pairs before a query its last m - 1 are left out."""
+        T = queries.size(2)
+        before = keys.size(2) - T
+        lag = self.lags[0]
+        is_drawn = self.training and before == 0 and lag < self.lags[1]
+        if is_drawn:    # as a tensor, for whose value neither the compiler nor a GPU waits
+            lag = torch.randint(lag, self.lags[1] + 1, (), device=queries.device)
+        n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
+        queries = self.sharpen(queries, n)
+
+        # A query moves to the place of the newest pair that it sees, and what it finds moves back.
+        if is_drawn:
+            place = torch.arange(T, device=queries.device)
+            y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
+            return y.index_select(2, (place - lag + 1) % T) * (n > 0)[:, None]
+        empty = min(max(lag - 1 - before, 0), T)                                        # queries that see no pair
+        end = before + T - (lag - 1)
+        y = super().ask(queries[:, :, empty:], keys[:, :, :end], values[:, :, :end])
+        return F.pad(y, (0, 0, empty, 0))
+
+
+class ShortAndLongMemory(nn.Module):
+    """A memory of the pairs t-h+1 … t-1 (eq. 10) and one of those up to t-m, with m from h/4 to h.
+
+    Published are h = 256 and m from 64 to 256, for rows of 4096 tokens. The sum of the memories'
+    own projections is one projection of their outputs side by side.
+    """
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        h = config.mosaic2_short or max(config.max_seq_len // 16, 2)
+        if config.mosaic2_long:
+            short_term = AdaptiveMemory(config, layer, window=h - 1)
+            long_term = AdaptiveMemory(config, layer, lags=(max(h // 4, 1), h))
+            self.memories = nn.ModuleList([short_term, long_term])
+        else:
+            self.memories = nn.ModuleList([AdaptiveMemory(config, layer)])
+
+    def forward(self, x, state=None, ve=None):
+        """x (B,T,C) -> y (B,T,C), the states of the memories."""
+        states = state or [None] * len(self.memories)
+        results = [memory(x, before, ve) for memory, before in zip(self.memories, states)]
+        return sum(y for y, _ in results), tuple(after for _, after in results)
+
+    def flops(self, T):
+        """Those of its memories."""
+        return sum(memory.flops(T) for memory in self.memories)
+
+
+def mosaic2_feedforward(config: Config) -> nn.Module:
+    """Its persistent memory, which is an MLP."""
+    if not config.mosaic2_mlp:
+        return PersistentMemory(config)
+    return MLP(config, swiglu_width=feedforward_weights(config) // (3 * config.n_embd))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The transformer around them
 
 class MLP(nn.Module):
-    """C -> 4C -> C with ReLU² (nanochat) or GELU (GPT-2). It remembers nothing."""
-    def __init__(self, config: Config):
+    """C -> 4C -> C with ReLU² (nanochat) or GELU (GPT-2), or C -> swiglu_width -> C with SwiGLU. It remembers
+    nothing."""
+    def __init__(self, config: Config, swiglu_width: int = 0):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = swiglu_width or 4 * config.n_embd
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, width, bias=config.bias) if swiglu_width else None
+        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
         self.is_relu2 = config.activation == "relu2"
 
     def forward(self, x, state=None):
         """x (B,T,C) -> y (B,T,C), None."""
         h = self.up(x)
+        if self.gate is not None:
+            return self.out(F.silu(self.gate(x)) * h), None
         h = F.relu(h).square() if self.is_relu2 else F.gelu(h)
         return self.out(h), None
 
@@ -1437,6 +1600,7 @@ MEMORIES = {
     "deltanet": Memory(mixer=DeltaNet),
     "knn": Memory(mixer=KNNAttention),
     "mosaic": Memory(mixer=ContextualMemory, feedforward=PersistentMemory),
+    "mosaic2": Memory(mixer=ShortAndLongMemory, feedforward=mosaic2_feedforward),
 }
 
 
@@ -1483,6 +1647,8 @@ def check_architecture(config: Config) -> None:
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
                          "at once; raise it")
+    if config.mosaic2_short == 1:
+        raise ValueError("mosaic2_short=1 leaves the short-term memory no pairs; give 2 or more")
     if config.memory == "rmt":
         S = config.segment_length
         if S < 1 or config.max_seq_len % S:

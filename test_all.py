@@ -125,6 +125,7 @@ def runs(**grid):
 
 delta = functools.partial(runs, B=[1], H=[2], T=[1, 63, 64, 65, 150], D=[16], Dv=[32])
 ttt = functools.partial(runs, B=[1], H=[2], T=[64], D=[32], K=[16])
+gated = functools.partial(runs, B=[2], H=[3], T=[150], D=[4], gated=[True])
 identical = lambda k: k[:, :1].expand_as(k).clone()
 correlated = lambda k: F.normalize(k[:, :1] + 0.1 * k, dim=-1)
 now_and_then = lambda g: torch.where(torch.rand_like(g) < 0.2, -30.0, -0.01).to(g.dtype)   # strong at every fifth token
@@ -140,6 +141,10 @@ LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 CASES = {
     "leaky": (runs(B=[2], H=[3], D=[4], T=[1, 2, 64, 65, 4200]),        # 4200 > 64²: three levels of the scan
               dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
+    "leaky_gated": (gated(T=[1, 2, 64, 65, 4200]) + gated(cuts=[(37,), (0, 1, 64, 128)]), {}),
+    "leaky_gated_strong_decay": (gated(), dict(decay=lambda x: -50 * ONE(x))),
+    "leaky_gated_uneven_decay": (gated(T=[130, 4200]), dict(decay=now_and_then)),
+    "leaky_gated_no_decay": (gated(), dict(decay=ZERO)),
     "delta_sizes": (delta() + delta(T=[70], cuts=[(37,), (0, 64)]) + runs(B=[2], H=[2], D=[16], T=[2, 31, 32, 33, 129])
                     + [dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEAD_SIZES], {}),
     "delta_strong_decay": (delta(), dict(g=lambda g: -30 * torch.rand_like(g))),
@@ -174,9 +179,10 @@ CASES = {
 def in_pieces_of(fn, cuts):
     """fn in several calls, each of which continues from the state of the one before."""
     def run(impl, state=None, **args):
+        tokens = [name for name in ("q", "k", "v", "g", "beta", "lr", "x", "decay", "log_gate") if name in args]
         outputs = []
-        for start, stop in zip((0, *cuts), (*cuts, args["q"].size(1))):
-            piece = {name: args[name][:, start:stop] for name in ("q", "k", "v", "g", "beta", "lr") if name in args}
+        for start, stop in zip((0, *cuts), (*cuts, args[tokens[0]].size(1))):
+            piece = {name: args[name][:, start:stop] for name in tokens}
             o, state = fn(**args | piece, state=state, impl=impl)
             outputs.append(o)
         return torch.cat(outputs, 1), state
@@ -285,7 +291,7 @@ def test_memories_at_the_edges():
 
 T = 80
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, max_seq_len=T, short_window=8, knn_capacity=16, knn_topk=4, ttt_chunk=8,
-             rmt_segment=20, rmt_tokens=3, persistent_slots=3, dropout=0.0, window="SL")
+             rmt_segment=20, rmt_tokens=3, persistent_slots=3, mosaic2_short=12, dropout=0.0, window="SL")
 VARIANTS = {name: {k: v for k, v in preset.items() if k not in SMALL} for name, preset in PRESETS.items()}
 VARIANTS |= {"alibi": dict(pos="alibi"), "gqa": dict(n_kv_head=1, value_embeds=True, token_shift=True), "hybrid": dict(n_layer=3, memory_layers="1"),
              "lru": dict(knn_evict="lru"), "wide": dict(expand_v=2, value_embeds=True, ttt_backbone="transformer")}
@@ -423,8 +429,9 @@ def test_dropout_is_for_training_alone(memory):
     attention weights."""
     net, idx, x = small(memory, dropout=0.5), tokens(), noise(2, T, 16)
     block = net.body.blocks[-1] if memory != "rmt" else net.body.stack.blocks[-1]
-    parts = [part for part in (block.mixer, block.feedforward) if hasattr(part, "dropout")]
-    assert len(parts) == {"ttt": 0, "deltanet": 0, "mosaic": 2}.get(memory, 1)
+    mixers = getattr(block.mixer, "memories", [block.mixer])
+    parts = [part for part in (*mixers, block.feedforward) if hasattr(part, "dropout")]
+    assert len(parts) == {"ttt": 0, "deltanet": 0, "mosaic": 2, "mosaic2": 2}.get(memory, 1)
     assert torch.equal(net(idx), net(idx)) and all(torch.equal(part(x)[0], part(x)[0]) for part in parts)
     net.train()
     assert error(net(idx), net(idx)) > 1e-3 and all(error(part(x)[0], part(x)[0]) > 1e-3 for part in parts)
@@ -553,6 +560,170 @@ def test_mosaic_is_its_equation():
     assert error(block.mixer.key.decay(), torch.tensor([-0.5, -5.0]).exp()) < 1e-6
 
 
+CHANGES = ("long", "gated", "adaptive", "mlp")                  # of mosaic2 against mosaic
+
+
+def weights_of(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def without(*changes):
+    return {f"mosaic2_{change}": False for change in changes}
+
+
+def mosaic2_layer(*changes, **options):
+    """mosaic2's mixer with some changes switched off; its parameters are far from where they start, m is 3 in evaluation."""
+    layer = small_layer("mosaic2", **without(*changes), **options)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in layer.named_parameters():
+        spread = 0.05 if "leak" in name or "scale" in name else 0.3
+        p.data.add_(spread * torch.randn(p.shape, dtype=p.dtype, generator=generator))
+    return layer
+
+
+def contextual_memory(memory, x, window, m, gated, adaptive):
+    """One head after the other, one token after the other, from the parameters alone."""
+    p = {name: value for name, value in memory.named_parameters()}
+    B, T, _ = x.shape
+    heads = []
+    for h in range(2):
+        rows = slice(8 * h, 8 * h + 8)
+        new, u = x @ p["key.phi.weight"][rows].T, x @ p["psi.weight"][rows].T           # (B,T,D)
+        g = decay = x.new_ones(B, T)
+        if gated:
+            g = (x @ p["key.gate.weight"][h]).exp()
+            decay = (-(x @ p["key.forget.weight"][h]).abs()).exp()
+        else:
+            decay = decay * (-(10 * p["key.leak"][h]).abs()).exp()
+        length = 1 if adaptive else (10 * p["key.scale"][h]).exp()
+        k_bar, keys = 0, []
+        for t in range(T):
+            k_bar = g[:, t, None] * new[:, t] + decay[:, t, None] * k_bar
+            keys.append(length * k_bar / k_bar.norm(dim=-1, keepdim=True))
+        v_bar = p["mix"][h] * u[:, :-1] + (1 - p["mix"][h]) * u[:, 1:]
+        length = p["scale"][h].abs().exp() if adaptive else (10 * p["scale"][h]).exp()
+        v = length * v_bar / v_bar.norm(dim=-1, keepdim=True)
+        ys = []
+        for t in range(T):
+            pairs = [i for i in range(t) if i <= t - m and i >= t - (window or T)]      # counted from 0
+            if not pairs:
+                ys.append(torch.zeros_like(u[:, 0]))
+                continue
+            beta = 1
+            if adaptive:
+                beta = p["beta_1"][h].exp() * len(pairs) ** p["alpha"][h].abs().clamp(max=1) + p["beta_0"][h].exp()
+            weights = torch.stack([beta * (keys[t] * keys[i]).sum(-1) for i in pairs], 1).softmax(1)
+            ys.append((weights[..., None] * v[:, pairs]).sum(1))
+        heads.append(torch.stack(ys, 1))
+    return torch.cat(heads, -1) @ p["out.weight"].T
+
+
+def gradients(layer, y):
+    weight = noise(*y.shape, seed=5)
+    return torch.autograd.grad((weight * y).sum(), list(layer.parameters()), retain_graph=True)
+
+
+@each(off=[(), ("long",), ("gated",), ("adaptive",), ("gated", "adaptive")])
+def test_mosaic2_is_its_equation(off):
+    """Values, and the gradient of every parameter. In rows of 12 and more tokens the short-term memory forgets, in rows of
+    up to 3 the long-term one is empty. In training m is drawn."""
+    layer = mosaic2_layer(*off)
+    gated, adaptive = "gated" not in off, "adaptive" not in off
+    reach = [(None, (1, 1))] if "long" in off else [(11, (1, 1)), (None, (3, 12))]      # of each memory: window, lags
+    assert [(memory.window, memory.lags) for memory in layer.memories] == reach
+    for length in (1, 2, 3, 4, 13, 40):
+        x = noise(2, length, 16)
+        expected = [contextual_memory(memory, x, window, lags[0], gated, adaptive)
+                    for memory, (window, lags) in zip(layer.memories, reach)]
+        y, _ = layer.eval()(x)
+        slow = sum(memory.slow(x) for memory in layer.memories)
+        assert error(y, sum(expected)) < 1e-10 and error(slow, sum(expected)) < 1e-10, length
+    for a, b, c in zip(gradients(layer, y), gradients(layer, slow), gradients(layer, sum(expected))):
+        assert error(a, c) < 1e-10 and error(b, c) < 1e-10
+
+    layer.train()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        y, _ = layer(x)
+        torch.manual_seed(seed)
+        m = 1 if "long" in off else int(torch.randint(3, 13, ()))
+        expected[-1] = contextual_memory(layer.memories[-1], x, None, m, gated, adaptive)
+        assert error(y, sum(expected)) < 1e-10, (seed, m)
+    for a, c in zip(gradients(layer, y), gradients(layer, sum(expected))):
+        assert error(a, c) < 1e-10
+
+
+@torch.no_grad()
+def test_mosaic2_caps():
+    """β_0 and β_1 up to e^10, α up to 1, values up to e^15 long; α and the values' length whatever the sign."""
+    short, long = mosaic2_layer().memories
+    short.scale.copy_(torch.tensor([-20.0, -0.5]))
+    assert error(short.size(), torch.tensor([15.0, 0.5]).exp()) < 1e-6
+    for memory, most in ((short, 11), (long, 50)):
+        memory.beta_0.copy_(torch.tensor([12.0, 1.0]))
+        memory.beta_1.copy_(torch.tensor([1.0, 12.0]))
+        memory.alpha.copy_(torch.tensor([-0.5, -3.0]))
+        beta = memory.sharpen(torch.ones(1, 2, 3, 1), torch.tensor([-2, 4, 50]))[0, :, :, 0]
+        n = torch.tensor([1, 4, most])
+        assert error(beta[0], math.e * n ** 0.5 + math.exp(10)) < 1e-6 and error(beta[1], math.exp(10) * n + math.e) < 1e-6
+
+
+def test_mosaic2_draws_m_for_every_batch():
+    """From h/4 to h in training, of a quarter of the rows' length in the published proportion; the same after the same seed."""
+    layer, x = mosaic2_layer().train(), noise(1, 40, 16)
+    seen = []
+    with mock.patch.object(torch, "randint", side_effect=lambda *args, wrapped=torch.randint, **more: seen.append(wrapped(*args, **more)) or seen[-1]):
+        for seed in range(200):
+            torch.manual_seed(seed)
+            y, _ = layer(x)
+    assert set(map(int, seen)) == set(range(3, 13)) and len(seen) == 200
+    torch.manual_seed(199)
+    assert torch.equal(layer(x)[0], y) and torch.equal(layer.eval()(x)[0], layer(x)[0])
+    published = GPT(Config(memory="mosaic2", max_seq_len=4096, n_layer=1)).body.blocks[0].mixer.memories
+    assert (published[0].window, published[1].lags) == (255, (64, 256))
+
+
+@each(memory=["mosaic2"], hybrid=["all", "1"])
+@torch.no_grad()
+def test_mosaic2_without_its_changes_is_mosaic(memory, hybrid):
+    options = dict(variant="d12", n_layer=3, memory_layers=hybrid)
+    old, new = small("mosaic", **options), small(memory, **options, **without(*CHANGES))
+    new.load_state_dict({name.replace(".mixer.", ".mixer.memories.0.") if hybrid == "all" or ".1.mixer" in name else name: p
+                         for name, p in old.state_dict().items()})
+    idx = tokens()
+    assert error(new(idx), old(idx)) < 1e-14
+    (a, _), (b, _) = (net.stream(idx[:, 33:], net.stream(idx[:, :33])[1]) for net in (new, old))
+    assert error(a, b) < 1e-14 and weights_of(old) == weights_of(new)
+
+
+@each(preset=PRESETS, off=[(), *[(change,) for change in CHANGES], CHANGES])
+def test_mosaic2_is_as_large_as_attention(preset, off):
+    with torch.device("meta"):
+        none, mosaic2 = (GPT(Config(memory=memory, **PRESETS[preset], **without(*off))) for memory in ("none", "mosaic2"))
+    for a, b in zip(mosaic2.body.blocks, none.body.blocks):
+        assert abs(weights_of(a) / weights_of(b) - 1) < 0.01
+
+
+@torch.no_grad()
+def test_mosaic2_state():
+    """The short-term memory keeps the 11 pairs that the next token sees, the last without its value; the long-term one
+    keeps all pairs."""
+    layer = mosaic2_layer()
+    for length in (1, 5, 11, 12, 30):
+        _, (short, long) = layer(noise(2, length, 16))
+        kept = min(length, 11)
+        assert short.k.shape == (2, 2, kept, 8) and short.v.shape == (2, 2, kept - 1, 8)
+        assert long.k.shape == (2, 2, length, 8) and long.v.shape == (2, 2, length - 1, 8)
+        vectors = 2 * kept - 1 + 2 * length - 1 + 4             # a leaky average and half a value in each
+        assert state_bytes((short, long)) == 8 * 2 * 16 * vectors
+
+
+def test_mosaic2_flops():
+    layer = mosaic2_layer()
+    pairs = sum(min(t, 11) + t for t in range(1, 41))
+    assert abs(layer.flops(40) - 4 * 16 * pairs / 40) < 1e-9
+
+
 @each(member=["plain", *DELTA_FAMILY])
 def test_deltanet_layer(member):
     """The layer's own steps around the rule: convolution, normalisation, gates, n writes a token, output norm. Values, and
@@ -656,6 +827,7 @@ def starts(layers, heads, width):
     gaussian = lambda std: stats.norm(0, std).cdf
     pair, projected = gaussian((width / heads) ** -0.5), gaussian(0.02 * width ** 0.5)
     return {
+        ".memories.scale": 0, ".beta_0": 1.5, ".beta_1": 1.5, ".alpha": 1 / 3,          # mosaic2
         ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
         ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
         # a convolution of width 4 starts as PyTorch's, U(-1,1)/√4
@@ -701,12 +873,14 @@ def test_preset_sizes():
 def test_every_parameter_learns_and_has_an_optimizer(memory):
     """And torch.compile sees training as one graph (traced here; code generation is the compiler's own business)."""
     net, idx, targets = small(memory, "d12").float().train(), tokens(), tokens(1)
+    torch.manual_seed(0)                                        # mosaic2 draws its m
     loss = net(idx, targets)
     loss.backward()
     hidden = {id(p) for p in net.hidden_matrices()}
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
         assert (id(p) in hidden) == (".blocks." in name and p.ndim == 2), name
+    torch.manual_seed(0)
     assert error(torch.compile(net, backend="eager", fullgraph=True)(idx, targets), loss) < 1e-6
 
 
@@ -741,7 +915,7 @@ def test_what_a_model_refuses():
             (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
             (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
             (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"), (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"),
-            (dict(n_embd=12, n_head=4), "rope needs an even head size"),
+            (dict(memory="mosaic2", mosaic2_short=1), "mosaic2_short=1"), (dict(n_embd=12, n_head=4), "rope needs an even head size"),
             (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")):
         raises(ValueError, lambda: Config(**options), part)
     net, idx = small("none", pos="learned"), tokens()
@@ -757,10 +931,11 @@ def test_settings_of_memories():
         for i, block in enumerate(GPT(config).body.blocks):
             assert isinstance(block.mixer, model.ContextualMemory) == (i in expected), text
             assert isinstance(block.feedforward, model.PersistentMemory) == (i in expected), text
-    others = dict(knn_capacity=600, expand_v=2, delta_steps=2, mosaic_slots=5)
+    others = dict(knn_capacity=600, expand_v=2, delta_steps=2, mosaic_slots=5, mosaic2_mlp=False)
     for config, unused in ((Config(), []), (Config(memory="knn", knn_capacity=600, memory_layers="1"), []),
-                           (Config(n_layer=3, **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
-                           (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots"])):
+                           (Config(n_layer=3, **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
+                           (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
+                           (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
         assert model.unused_options(config) == unused
 
 
@@ -1585,7 +1760,8 @@ def test_accumulation_is_one_big_batch():
 
 def test_two_ranks_are_one_rank_for_every_memory():
     with workplace() as (_, base):
-        flags = [*base, "--memory=" + ",".join(MEMORIES), "--steps=4", "--sample_tokens=0"]
+        # Each rank would draw an m of its own for mosaic2's long-term memory, as it does dropout's masks.
+        flags = [*base, "--memory=" + ",".join(MEMORIES), "--steps=4", "--sample_tokens=0", "--mosaic2_long=False"]
         runs_well(*flags, "--out_dir=one", "--device_batch_size=2")
         two = in_background("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *flags,
                             "--out_dir=two", "--device_batch_size=1")
@@ -1936,6 +2112,7 @@ def test_eval_position_by_hand():
             found = torch.tensor([r[name]["nats"], r[name]["bytes"]], dtype=torch.float64).T
             assert (found - sums[key]).abs().max() < 1e-3 and torch.equal(found[:, 1], sums[key][:, 1]), key
             assert error(torch.tensor(r[name]["bpb"]), found[:, 0] / math.log(2) / found[:, 1]) < 1e-6
+            assert error(torch.tensor(r[name]["loss"]), found[:, 0] / torch.tensor(r[name]["targets"])) < 1e-6
         assert r["tokens_sha256"] == digest.hexdigest()
 
 
@@ -2025,6 +2202,143 @@ def test_eval_ood_is_another_corpus_in_the_models_tokens():
         words = data.load("other.txt", "bpe:300@text.txt", quiet=True)
         assert r["ood_sha256"] == words.sha256 and words.encoding._mergeable_ranks == run.corpus().encoding._mergeable_ranks
     assert measuring.Options().dataset == "python-docs"             # every Python has it: no download, no pyarrow
+
+
+# ---------------------------------------------------------------- copy, carry
+
+def latest_place(row, t):
+    """By looking everywhere: how far before t the tokens t-1, t, t+1 of the row stood last, 0 if nowhere"""
+    return next((t - j for j in range(t - 1, 0, -1) if row[j - 1:j + 2] == row[t - 1:t + 2]), 0)
+
+
+def windowed_copier(W):
+    """A model that knows what followed the last two tokens, wherever they stood less than W tokens ago"""
+    def stream(x, state=None):
+        logits = torch.zeros(*x.shape, 257)
+        for row, out in zip(x.tolist(), logits):
+            for t in range(1, len(row)):
+                for j in range(max(1, t - W + 1), t):
+                    if row[j - 1:j + 1] == row[t - 1:t + 1]:
+                        out[t, row[j + 1]] = 3.0  # so that what it doesn't know costs little more than 8 bits
+        return logits, None
+    return stream
+
+
+def test_eval_copy_finds_the_latest_place():
+    draw = random.Random(0)
+    for n in (2, 3, 4, 100, 300):
+        row = draw.choices(range(4), k=n)
+        assert measuring.copy_distances(row) == [latest_place(row, t) for t in range(n - 1)]
+
+
+def test_eval_copy_recombines():
+    """Every memory: bands have the nats, bytes and tokens of `position`; those of one by a plain loop over targets."""
+    with inside():
+        for memory in MEMORIES:
+            r, whole = measured(memory, "copy"), measured(memory, "position")
+            by = whole["bpb_by_position"]
+            assert [b["band"] for b in r["bands"]] == ["1-7", "8-15", "16-31", "other"] and r["window"] == 8
+            for key in ("nats", "bytes", "targets"):
+                assert math.isclose(sum(b[key] for b in r["bands"]), sum(by[key]), rel_tol=0 if key != "nats" else 1e-6), key
+            assert recombined({key: [b[key] for b in r["bands"]] for key in ("nats", "bytes")}) == r["bpb"]
+            assert abs(r["bpb"] - whole["val_bpb"]) < 1e-6 and r["tokens_sha256"] == whole["tokens_sha256"]
+        (run,), expected = opened(memory), torch.zeros(4, 2, dtype=torch.float64)
+        for x, y, _ in run.corpus().eval_batches(L, 3, 1024):
+            for row, targets, losses in zip(x.tolist(), y.tolist(), nats_at_once(run.model, x, y).tolist()):
+                for t in range(L):
+                    d = latest_place(row + targets[-1:], t)
+                    if targets[t] != 256:
+                        expected[[3, 0, 1, 2, 2][d.bit_length() - 2 if d > 7 else int(d > 0)]] += torch.tensor([losses[t], 1])
+        found = torch.tensor([[b["nats"], b["targets"]] for b in r["bands"]])
+        assert (found - expected).abs().max() < 1e-3 and torch.equal(found[:, 1].double(), expected[:, 1]) and found[1, 1] > 0
+
+
+def test_eval_copy_tells_how_far_a_model_copies():
+    """A model that copies from a window is good in the first band and bad in all others; one that copies from all of the
+    row is good in all but the last."""
+    with inside():
+        corpus, bits = data.load("text.txt", "byte", quiet=True), {}
+        for W in (16, 256):
+            run = in_pieces(stub(windowed_copier(W), local_window=16), 256)
+            r = measuring.measure_copy(run, corpus, 4096)
+            assert [b["band"] for b in r["bands"]] == ["1-15", "16-31", "32-63", "64-127", "128-255", "other"]
+            assert min(b["targets"] for b in r["bands"]) > 30
+            bits[W] = [b["bpb"] for b in r["bands"]]
+    assert bits[16][0] < 5 and min(bits[16][1:]) > 8, bits
+    assert max(bits[256][:-1]) < 7 and bits[256][-1] > 8, bits
+
+
+def windowed(n_layer, W):
+    """A model in which every layer sees W tokens"""
+    torch.manual_seed(0)
+    net = GPT(Config(n_layer=n_layer, n_head=2, n_embd=16, max_seq_len=64, window="S", short_window=W)).double().eval()
+    for p in net.parameters():
+        p.data.normal_(0, 0.3)
+    return net
+
+
+def test_eval_carry_of_a_window_is_nothing_beyond_it():
+    """Two layers that see 4 tokens reach 7 tokens back: whatever is thrown away before those was worth nothing."""
+    with inside():
+        run = in_pieces(stub(None, local_window=4)._replace(model=windowed(2, 4)), 64)
+        r = measuring.measure_carry(run, data.load("text.txt", "byte", quiet=True), 2048)
+        assert [c["every"] for c in r["cuts"]] == [16, 32]
+        for cut in r["cuts"]:
+            assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15", "16-31"][:6 + (cut["every"] > 16)]
+            worth = [b["bpb"] for b in cut["bands"]]
+            assert max(map(abs, [worth[0], *worth[5:]])) < 1e-7 and min(map(abs, worth[1:4])) > 1e-3, worth
+        passage = measuring.carried_bits(run, data.load("text.txt", "byte", quiet=True))
+        assert len(passage["bits"]) == 60 and passage["bits"].abs().max() > 1e-3
+
+
+def test_eval_carry_of_segments_without_memory_is_nothing():
+    with inside():
+        trained("short_segments", "--memory=rmt", "--rmt_tokens=0", "--rmt_segment=4")
+        (cut,) = measured("short_segments", "carry")["cuts"]
+        assert cut["every"] == 16 and all(abs(b["bpb"]) < 1e-7 for b in cut["bands"])
+
+
+def test_eval_carry_by_hand():
+    """Every memory: the parts read one by one, and each token of the passage after its window alone."""
+    with inside():
+        for memory in MEMORIES:
+            r, whole, (run,) = measured(memory, "carry"), measured(memory, "position"), opened(memory)
+            ((x, y, _),) = run.corpus().eval_batches(L, 32, 1024)
+            full, (cut,) = nats_at_once(run.model, x, y), r["cuts"]
+            halves = [nats_at_once(run.model, x[:, i:i + 16], y[:, i:i + 16]) for i in (0, 16)]
+            late, scored = halves[1][y[:, 16:] < 256], (y < 256).sum().item()
+            bits = (late.sum() - full[:, 16:][y[:, 16:] < 256].sum()).item() / math.log(2)
+            assert abs(cut["bpb"] - bits / scored) < 1e-6 and (abs(bits) > 1e-3 or memory == "rmt"), (memory, bits)
+            assert [b["band"] for b in cut["bands"]] == ["no cut yet", "0", "1", "2-3", "4-7", "8-15"]
+            for key, total in (("bytes", scored), ("targets", scored), ("nats", cut["bpb"] * scored * math.log(2))):
+                assert math.isclose(sum(b[key] for b in cut["bands"]), total, abs_tol=1e-9), key
+            assert math.isclose(sum(b["bpb"] * b["bytes"] for b in cut["bands"]), cut["bpb"] * scored, abs_tol=1e-9)
+            assert cut["bands"][3]["targets"] == (y[:, 18:20] < 256).sum() and abs(cut["bands"][0]["bpb"]) < 1e-6
+            assert abs(r["bpb"] - whole["val_bpb"]) < 1e-6 and r["tokens_sha256"] == whole["tokens_sha256"]
+            thirds = torch.cat([nats_at_once(run.model, a, b) for a, b in zip(x.split(12, 1), y.split(12, 1))], 1)
+            assert (measuring.nats_in_parts(run, 12, x, y) - thirds).abs().max() < 1e-4
+
+            passage, row = r["passage"], (x[:16] == 256).sum(1).argmin()
+            assert passage["tokens"] == y[row, 8:].tolist() and passage["window"] == 8
+            for i, t in enumerate(range(8, L)):
+                alone = nats_at_once(run.model, x[row:row + 1, t - 7:t + 1], y[row:row + 1, t - 7:t + 1])[0, -1]
+                assert abs((alone - full[row, t]).item() / math.log(2) - passage["bits"][i]) < 1e-4, (memory, t)
+
+
+def test_eval_carry_passage_is_set_as_text():
+    """Characters stand where a terminal sets them: lines break at their ends and at the last column; half a character is
+    a replacement mark."""
+    glyphs = analyze.lay_out(["ab\n", " c", "defg", "\n", "\n", "\t", "h"], 5)
+    assert glyphs == [
+        (0, 0, "a", 0), (0, 1, "b", 0), (0, 2, "\n", 0), (1, 0, " ", 1), (1, 1, "c", 1), (1, 2, "d", 2), (1, 3, "e", 2), (1, 4, "f", 2),
+        (2, 0, "g", 2), (2, 1, "\n", 3), (3, 0, "\n", 4), (4, 0, " ", 5), (4, 1, " ", 5), (4, 2, " ", 5), (4, 3, " ", 5), (4, 4, "h", 6)]
+    with inside():
+        Path("accents.txt").write_text("\n<|endoftext|>\n".join(["é" * 40] * 100), encoding="utf-8")
+        (run,) = opened("none")
+        passage = measuring.carried_bits(run, data.load("accents.txt", "byte", quiet=True))
+        assert "\ufffd" in passage["texts"] and set(passage["texts"]) <= {"\ufffd", "\n", "<|endoftext|>"}
+        texts = measured("none", "carry")["passage"]["texts"]
+        assert "".join(texts).replace("<|endoftext|>", "") in "".join(short_documents())
 
 
 # ---------------------------------------------------------------- niah
@@ -2146,9 +2460,9 @@ def test_eval_attention_files():
         expected = measuring.attention_at(run, x)[1][:, 1:] / 6
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
-        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["leak"], leak.tolist()))
+        assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["decay"], leak.tolist()))
         trained("hybrid", "--memory=mosaic", "--memory_layers=0")
-        assert [f["leak"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
+        assert [f["decay"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
         assert measured("deltanet", "attention")["layers"] == []
         assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
@@ -2230,7 +2544,7 @@ def test_eval_all_tasks_of_two_runs():
             for memory in ("rmt", "ttt"):
                 r = json.loads(Path("out", memory, f"eval_{task}.json").read_text())
                 assert (r["task"], r["memory"], r["name"]) == (task, memory, memory) and len(r["data_sha256"]) == 64
-        for task in ("position", "extend", "niah", "ood", "attention", "speed"):
+        for task in ("position", "extend", "carry", "niah", "ood", "attention", "speed"):
             assert Path("out/rmt", f"eval_{task}.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(Path("out").rglob("*.tmp")) and "note: these runs" not in out
         trained("short", "--memory=none", "--max_seq_len=16")

@@ -717,13 +717,24 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
     sums = all_reduce(sums, device)
 
     # Neighbouring positions together, then everything together.
-    buckets = F.pad(sums, (0, -T % bucket)).view(3, -1, bucket).sum(-1)
-    nats, size, targets = buckets.sum(-1).tolist()
+    by_position = by_bucket(sums, bucket)
+    nats = sum(by_position["nats"])
+    size = sum(by_position["bytes"])
     if not size:
         raise UserError(f"{corpus.name}: the validation part has no text to measure; give a larger corpus")
-    by_position = dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=buckets[0].tolist(),
-                       bytes=buckets[1].tolist(), bpb=[bits_per_byte(n, b) for n, b, _ in buckets.T.tolist()])
-    return dict(val_bpb=bits_per_byte(nats, size), val_loss=nats / targets, bpb_by_position=by_position)
+    val_loss = nats / sum(by_position["targets"])
+    return dict(val_bpb=bits_per_byte(nats, size), val_loss=val_loss, bpb_by_position=by_position)
+
+
+def by_bucket(sums: Tensor, bucket: int) -> dict:
+    """Nats, bytes and targets, summed by position (3,T) -> the same by bucket of `bucket` neighbouring positions, each
+    with its bits per byte and its loss in nats a target."""
+    T = sums.size(1)
+    nats, size, targets = F.pad(sums, (0, -T % bucket)).view(3, -1, bucket).sum(-1).tolist()
+    bpb = [bits_per_byte(n, b) for n, b in zip(nats, size)]
+    loss = [n / t if t else None for n, t in zip(nats, targets)]
+    return dict(bucket=bucket, positions=list(range(0, T, bucket)), nats=nats, bytes=size, targets=targets, bpb=bpb,
+                loss=loss)
 
 
 def bits_per_byte(nats: float, size: float) -> float | None:
