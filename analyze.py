@@ -288,7 +288,11 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
 
 STATE_BUDGET = 32 * 1024  # bytes, for the comparison of capacities
 # How far a number is from guessing (0) to perfect (1): name of the level, where it begins, colours of cell and text.
-LEVELS = (("solved", 0.9, "#0072B2", "white"), ("partly", 0.3, "#9CCBE6", "black"), ("not", -math.inf, "#EDEDED", "black"))
+LEVELS = (
+    ("solved", 0.9, "#0072B2", "white"),
+    ("partly", 0.3, "#9CCBE6", "black"),
+    ("not", -math.inf, "#EDEDED", "black"),
+)
 
 
 def pairs_held(result: dict) -> tuple[float, float]:

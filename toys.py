@@ -1,14 +1,16 @@
-r"""Three toys that show what the memories do: minutes on a laptop, with pictures.
+r"""Toys that show what the memories do: minutes on a laptop, with pictures.
 
-    python toys.py                                  all three, small: what was seen beside what the papers say
+    python toys.py                                  some of each, small: what was seen beside what the papers say
     python toys.py moons --seeds=20                 three moons (Memory Mosaics, section 3): figures 4, 5 and 6
     python toys.py recall --model=floor,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
+    python toys.py parity,s3 --seeds=5              or s5, state tracking: the product of all permutations so far
+    python toys.py capacity --n_embd=32,64,128      how many pairs, in how many bytes? mqar: each pair is two tokens
     python toys.py regbench --automata=100,1000     random automata: figure 11 and table 4
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
-Each trained model leaves out/toys/<toy>/<run>/result.json as soon as it is measured, where <toy> is moons, length
-(brackets, copy, repeat and recall) or regbench. The same command skips the runs that are there, so an interrupted
-command goes on. The figures are PNG files in out/toys/. Every model is trained by train.fit.
+Each trained model leaves out/toys/<toy>/<run>/result.json as soon as it is measured, where <toy> is moons, regbench or
+length (all others). The same command skips the runs that are there, so an interrupted command goes on. The figures are
+PNG files in out/toys/; abilities.png shows all results there at once. Every model is trained by train.fit.
 
 More commands
     what each change to the moons' recipe buys, and the paper's own recipe (as far as it is known)
@@ -17,7 +19,9 @@ More commands
         python toys.py moons --heads=3 --seeds=5 --periods=published --T=800 --steps=500 --lr=0.01 --sharpen=0 --skip=0
     memories and transformers on random automata, figure 11 and table 4 at laptop size: 20 minutes
         python toys.py regbench --model=mosaic,deltanet,learned,ttt,rope --automata=100,1000 --seeds=2
-    all four tasks, every memory, three seeds: half an hour
+    capacity as each model does best: the learning rate is chosen by the first seed
+        python toys.py capacity,mqar --n_embd=32,64,128 --lr=0.001,0.003,0.006,0.012
+    four tasks, every memory, three seeds: half an hour
         python toys.py brackets,copy,repeat,recall --seeds=3
     the whole of figure 11, for a GPU
         python toys.py regbench --automata=100,500,1000,2500,5000,40000 --model=rope,learned,mosaic,deltanet,ttt \
@@ -25,7 +29,7 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     tokens from an answer's place back to what it closes, copies or looks up
+    distance     tokens from an answer's place back to what it closes, copies or looks up; of products, to the start
     variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on
@@ -35,12 +39,13 @@ Reading order
     settings              the options of each toy
     reports               runs of one variant together, curves, figures
     moons                 the network, the orbits, the 25-step evaluation
-    brackets … recall     the four generators, accuracy by length and by distance
+    brackets … mqar       the generators, the table of tasks, accuracy by length, by distance and by bytes of state
     regbench              automata, instances, metrics, in-context n-grams, the published numbers
     the command line      from argv to configurations, and from these to results and reports
 
-References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek et al. 2024, 2401.12973), the recall task
-(Arora et al. 2023, 2312.04927), the repository memory-architectures (brackets, copying, repeated elements).
+References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek et al. 2024, 2401.12973), recall and mqar
+(Arora et al. 2023, 2312.04927), state tracking (Grazzi et al. 2024, 2411.12537; s5: Siems et al. 2025, 2502.10297), the
+repository memory-architectures (brackets, copying, repeated elements).
 """
 import itertools
 import math
@@ -185,6 +190,8 @@ class Length(Toy):
         self.batch_size = self.batch_size or TASKS[self.task].batch_size
         if self.T < 32 or self.lengths()[0][0] < 4:
             raise ValueError(f"T={self.T} is too short for {self.task}; give 64 or more")
+        if self.task in PAIRS and self.T > 2 * KEYS:
+            raise ValueError(f"T={self.T} was given, expected {2 * KEYS} at most: there are {KEYS} keys for T/2 pairs")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -635,8 +642,8 @@ def plot_matrices(variant: Variant, out: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# brackets, copy, repeat, recall. A task draws one sequence: x, y and distance, lists of length T. y is the answer to be
-# given at a position, -1 where nothing is asked.
+# brackets, copy, repeat, recall; parity, s3, s5 (products); capacity, mqar (pairs). A task draws one sequence: x, y and
+# distance, lists of length T. y is the answer to be given at a position, -1 where nothing is asked.
 
 KINDS = 8  # of brackets; the blank is token 0, the openers are 1 to 8, the closers 9 to 16
 
@@ -998,7 +1005,8 @@ def draw_pairs_held(ax, variants: list[Variant]) -> None:
                 points.append((mean(states), held))
         states, held = zip(*sorted(points))
         draw_with_range(ax, states, held, model, look)
-    ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy", title="one point a width")
+    ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy",
+           title="one point a width")
 
 
 def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
