@@ -2931,8 +2931,8 @@ def test_toys_bad_flags_are_one_line():
                          ("moons --out_dir=a,b", "--out_dir: expected one value"), ("moons --lr=nan", "lr"), ("rmt", "expected a toy"),
                          ("recall --model=rmt --window=24", "window=24"), ("moons --sharpen=-2", "sharpen"),
                          ("moons --optimizer=muon", "adamw"), ("moons --dtype=bfloat16", "float32"),
-                         ("regbench --model=ropes", "did you mean rope?"), ("capacity --T=32", "T=32 is too short"),
-                         ("s3 --T=16", "T=16"), ("mqar --T=512", "256 at most"), ("parity --model=deltanet-beta", "deltanet-beta2")):
+                         ("regbench --model=ropes", "did you mean rope?"), ("capacity --T=32", "T=32", "64 to 256"),
+                         ("s3 --T=16", "T=16", "32"), ("mqar --T=512", "64 to 256"), ("parity --model=deltanet-beta", "deltanet-beta2")):
         with mock.patch.object(toys, "run_all", side_effect=AssertionError(f"{argv}: training starts")):
             refused(toys.main, argv.split(), *words)
 

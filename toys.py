@@ -188,10 +188,9 @@ class Length(Toy):
         self.T = self.T or TASKS[self.task].T
         self.steps = self.steps or TASKS[self.task].steps
         self.batch_size = self.batch_size or TASKS[self.task].batch_size
-        if self.T < 32 or self.lengths()[0][0] < 4:
-            raise ValueError(f"T={self.T} is too short for {self.task}; give 64 or more")
-        if self.task in PAIRS and self.T > 2 * KEYS:
-            raise ValueError(f"T={self.T} was given, expected {2 * KEYS} at most: there are {KEYS} keys for T/2 pairs")
+        low, high = (64, 2 * KEYS) if self.task in PAIRS else (32, math.inf)
+        if not low <= self.T <= high:
+            raise ValueError(f"T={self.T} was given, {self.task} needs {low} to {high}")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -784,30 +783,28 @@ VALUES = 8
 
 
 def pairs(rng: random.Random, T: int, split: bool) -> tuple[list, list, list]:
-    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more, in
-    any order: what was its value (0-7)? Blanks (8) fill up.
+    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more,
+    in any order: what was its value (0-7)? Blanks (8) fill up.
 
         x   a  3  b  7  .  b  a  .            split (mqar): key (9-136) and value are two tokens, as in Arora et al.
         y                  7  3
         x   a=3  b=7  .  .  .  b  a  .        else (capacity): one token, 137 + 8 key + value
     """
-    N = T // 4
+    keys = rng.sample(range(KEYS), T // 4)
     x = []
-    value_of = {}
-    place_of = {}
-    for key in rng.sample(range(KEYS), N):
+    values = []
+    for key in keys:
         value = rng.randrange(VALUES)
-        value_of[key] = value
-        place_of[key] = len(x)
+        values.append(value)
         x += [9 + key, value] if split else [9 + KEYS + VALUES * key + value]
     x += [8] * (T - len(x))
     y = [-1] * T
     distance = [0] * T
-    places = rng.sample(range(T // 2, T), N)
-    for key, place in zip(value_of, places):
-        x[place] = 9 + key
-        y[place] = value_of[key]
-        distance[place] = place - place_of[key]
+    places = rng.sample(range(T // 2, T), len(keys))
+    for i, place in enumerate(places):
+        x[place] = 9 + keys[i]
+        y[place] = values[i]
+        distance[place] = place - (2 * i if split else i)
     return x, y, distance
 
 
@@ -834,8 +831,8 @@ TASKS = {
     "parity": Task(partial(product, n=2), 2, "attention and β < 1 guess (.5), β up to 2 holds it", **BY_PRODUCT),
     "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", **BY_PRODUCT),
     "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", **BY_PRODUCT),
-    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "the more state, the more pairs", **BY_PAIRS),
-    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "the more state, the more pairs", **BY_PAIRS),
+    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "more state, more pairs", **BY_PAIRS),
+    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "more state, more pairs", **BY_PAIRS),
 }
 
 
