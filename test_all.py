@@ -2796,7 +2796,7 @@ def test_abilities_are_the_best_settings_of_each_memory():
             (cfg.folder / "result.json").write_text(json.dumps(cfg.identity() | dict(config=vars(cfg)) | measured))
 
         assert analyze.read_abilities(Path(out)) == {}
-        for lr, seed, right in ((0.001, 1, 0.5), (0.001, 2, 0.7), (0.002, 1, 0.95), (0.002, 2, 0.85)):
+        for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.7)):
             leave(toys.Length, dict(accuracy=[1, 1, right, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed, jobs=seed)
         leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor")
         leave(toys.RegBench, dict(ood=dict(accuracy=0.97)), model="rope", automata=1000)
@@ -2826,7 +2826,7 @@ def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
 
     low, high = (1, 0.5, 0.5, 0.5, 0.5, 0.5), (1, 1, 1, 1, 0.8, 0.5)
     results = [result(32, 0.1, 1, *low), result(32, 0.1, 2, *high), result(32, 0.2, 1, *high), result(32, 0.2, 2, *low),
-               result(64, 0.1, 1, *high)]
+               result(32, 0.3, 1, *low), result(64, 0.1, 1, *high)]
     with tempfile.TemporaryDirectory() as out:
         status, text, err = call(lambda argv: print(toys.report_task("capacity", results, Path(out))))
         assert Path(out, "capacity.png").is_file()
