@@ -941,12 +941,13 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     """The table and the figure of one task -> its row for the last table."""
     import analyze
     variants, shared = grouped(Length, results)
+    names = ["at T" if share == 1 else f"at {share:g}T" for share in TASKS[task].tested]
     if task in PAIRS:
+        names = [f"{length // 4} pairs" for length in variants[0].cfg.lengths()[1]]
         # Of the learning rates the best one counts, for each model and width, by the first seed alone.
         best = best_of(variants, lambda v: (v.cfg.model, v.cfg.n_embd), lambda v: mean(v.runs[0]["accuracy"]))
         variants = list(best.values())
     last = "held" if task in PAIRS else "far"
-    names = ["at T" if share == 1 else f"at {share:g}T" for share in TASKS[task].tested]
     lengths = sorted({variant.cfg.T for variant in variants})
     trained = ", ".join(map(str, lengths))
     rows = []
@@ -1012,8 +1013,12 @@ def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> 
     import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.2))
     left, right = axes[0]
-    looks = analyze.distinct_looks([variant.cfg.model for variant in variants])
-    for variant, look in zip(variants, looks):
+    shown = variants
+    if task in PAIRS:
+        widths = sorted({variant.cfg.n_embd for variant in variants})
+        shown = [variant for variant in variants if variant.cfg.n_embd == widths[len(widths) // 2]]     # the middle one
+    looks = analyze.distinct_looks([variant.cfg.model for variant in shown])
+    for variant, look in zip(shown, looks):
         by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
         draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
     left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
