@@ -136,8 +136,8 @@ class Config:
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
                                "memory", low=0)
-    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those up "
-                                "to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those "
+                                "up to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
     mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
     mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
     mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
@@ -185,7 +185,7 @@ PRESETS = {
     # Minutes on two cores. Heads of 64, since normalised queries and keys score √D at most, which
     # must be enough to tell one key from max_seq_len others; a RoPE base whose wavelengths lie
     # within so short a row.
-    "laptop": dict(n_head=2, rope_theta=10_000.0),
+    "laptop": dict(n_head=2, rope_theta=10_000.0, token_shift=True),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
                  norm="layer", activation="gelu", bias=True, tie_embeddings=True, qk_norm=False, softcap=0.0,
