@@ -1373,7 +1373,7 @@ COMMANDS["regbench"] = (RegBench, dict(model="rope,mosaic"))
 
 # What `python toys.py` runs: toys, and the flags that keep them small
 SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": [],
-         "parity": ["--model=global,deltanet,deltanet-beta2"], "capacity": ["--model=floor,global,deltanet"]}
+         "parity": ["--model=deltanet,deltanet-beta2", "--steps=500"], "capacity": ["--model=global,deltanet"]}
 
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
