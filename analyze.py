@@ -69,7 +69,7 @@ COSTS = {
 }
 
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
-EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens"}
+EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens", "seeds", "jobs"}
 # A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "mosaic2", "deltanet"}
 
@@ -228,41 +228,6 @@ def panels(rows: int, cols: int, size: tuple, **more):
     return figure, axes
 
 
-# How well an ability is there: name, the least share of the way from guessing to perfect, colours of cell and text.
-LEVELS = (("solved", 0.9, "#0072B2", "white"), ("partly", 0.3, "#9CCBE6", "black"), ("not", -math.inf, "#EDEDED", "black"))
-
-
-def level(share: float) -> tuple:
-    """The entry of LEVELS for a share of the way from guessing (0) to perfect (1)."""
-    return next(entry for entry in LEVELS if share >= entry[1])
-
-
-def ability_figure(cells: dict[str, dict], titles: dict[str, str]):
-    """Memories in rows, abilities in columns: cells[memory][ability] = (number, share of the way from guessing to
-    perfect), titles[ability] = text above its column. What was not measured stays white. Above 1 a
-    number is a count."""
-    figure, axes = panels(1, 1, (1.15 * len(titles) + 2.2, 0.42 * len(cells) + 1.4))
-    ax = axes[0, 0]
-    for row, memory in enumerate(cells):
-        for column, ability in enumerate(titles):
-            if ability in cells[memory]:
-                number, share = cells[memory][ability]
-                _, _, colour, ink = level(share)
-                ax.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, lw=0))
-                text = f"{number:.2f}" if number <= 1 else f"{number:.0f}"
-                ax.text(column, row, text, ha="center", va="center", color=ink)
-    ax.set(xlim=(-0.5, len(titles) - 0.5), ylim=(len(cells) - 0.5, -0.5))
-    ax.set_xticks(range(len(titles)), titles.values())
-    ax.set_yticks(range(len(cells)), cells)
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0)
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, _, colour, _ in LEVELS]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    return figure
-
-
 def picture(figure) -> bytes:
     """The figure as a PNG, which every script writes as it writes its other files.
 
@@ -315,6 +280,117 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
         title = f"{label}: {bits.mean():+.3f} bits a token, beyond its window of {passage['window']} tokens"
         ax.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which memory can do what? One picture, from the result files of toys.py.
+
+STATE_BUDGET = 32 * 1024  # bytes, for the comparison of capacities
+# How far a number is from guessing (0) to perfect (1): name of the level, where it begins, colours of cell and text.
+LEVELS = (
+    ("solved", 0.9, "#0072B2", "white"),
+    ("partly", 0.3, "#9CCBE6", "black"),
+    ("not", -math.inf, "#EDEDED", "black"),
+)
+
+
+def pairs_held(result: dict) -> tuple[float, float]:
+    """Of capacity and mqar: up to how many pairs are 90% of the answers right, and how many bytes has the state there?
+
+    N pairs are asked for in 4N tokens. Between the numbers of pairs that were tested it goes in
+    straight lines, from an accuracy of 1 with 0 pairs on.
+    """
+    tested = [length / 4 for length in result["lengths"]]
+    held = tested[-1]
+    for (N, accuracy), (more, lower) in itertools.pairwise(zip([0, *tested], [1, *result["accuracy"]])):
+        if lower < 0.9:
+            held = N + (more - N) * (accuracy - 0.9) / (accuracy - lower)
+            break
+    return held, float(np.interp(held, tested, result["state_bytes"]))
+
+
+def pairs_in_budget(result: dict) -> float:
+    """How many pairs are held by a state of at most STATE_BUDGET bytes."""
+    held, size = pairs_held(result)
+    if size <= STATE_BUDGET:
+        return held
+    tested = [length / 4 for length in result["lengths"]]
+    return float(np.interp(STATE_BUDGET, result["state_bytes"], tested, left=0))
+
+
+@dataclass
+class Ability:
+    """A column of the picture."""
+    title: str
+    measure: Callable  # result -> the number in the cell
+    guessing: float    # what a guess gets
+    perfect: float
+
+
+ABILITIES = {
+    "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
+    "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
+    "capacity": Ability(f"pairs held\nin {STATE_BUDGET // 1024} KiB", pairs_in_budget, 0, 64),
+    "recall": Ability("overwriting\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
+    "copy": Ability("copying\nat 8T", lambda result: result["accuracy"][-1], 1 / 16, 1),
+    "brackets": Ability("brackets\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
+    "regbench": Ability("a new\nlanguage", lambda result: result["ood"]["accuracy"], 1 / 2, 1),
+}
+
+
+def read_abilities(folder: Path) -> dict[str, dict]:
+    """memory -> ability -> its number, from all results of toys.py in this folder; memories in the order of LOOKS.
+
+    A number is the mean over seeds. Where a memory was trained with several settings the best ones
+    count. Of regbench 1000 automata count, and its transformer with rotations is global attention.
+    """
+    seeds = {}  # memory, ability, all settings -> the numbers of the seeds
+    for path in sorted(folder.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        config = result["config"]
+        ability = config.get("task", result["toy"])
+        if ability in ABILITIES and config.get("automata", 1000) == 1000:
+            memory = "global" if config["model"] == "rope" else config["model"]
+            settings = {name: value for name, value in config.items() if name not in EXECUTION}
+            key = memory, ability, json.dumps(settings, sort_keys=True)
+            seeds.setdefault(key, []).append(ABILITIES[ability].measure(result))
+
+    best = {name: {} for name in sorted({memory for memory, _, _ in seeds}) if base_name(name) in LOOKS}
+    for (memory, ability, _), numbers in seeds.items():
+        if memory in best:
+            best[memory][ability] = max(best[memory].get(ability, 0), float(np.mean(numbers)))
+    return {name: best[name] for name in sorted(best, key=lambda name: list(LOOKS).index(base_name(name)))}
+
+
+def level(ability: str, number: float) -> tuple:
+    """The entry of LEVELS for the number of an ability."""
+    guessing = ABILITIES[ability].guessing
+    way = (number - guessing) / (ABILITIES[ability].perfect - guessing)
+    return next(entry for entry in LEVELS if way >= entry[1])
+
+
+def ability_figure(numbers: dict[str, dict]):
+    """Memories in rows, abilities in columns, as `read_abilities` returns them. What was not measured stays white."""
+    figure, axes = panels(1, 1, (1.15 * len(ABILITIES) + 2.2, 0.42 * len(numbers) + 1.4))
+    ax = axes[0, 0]
+    for row, memory in enumerate(numbers):
+        for column, ability in enumerate(ABILITIES):
+            if ability in numbers[memory]:
+                number = numbers[memory][ability]
+                _, _, colour, ink = level(ability, number)
+                ax.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, lw=0))
+                text = f"{number:.0f}" if ability == "capacity" else f"{number:.2f}"
+                ax.text(column, row, text, ha="center", va="center", color=ink)
+    ax.set(xlim=(-0.5, len(ABILITIES) - 0.5), ylim=(len(numbers) - 0.5, -0.5))
+    ax.set_xticks(range(len(ABILITIES)), [ability.title for ability in ABILITIES.values()])
+    ax.set_yticks(range(len(numbers)), numbers)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, _, colour, _ in LEVELS]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     return figure
 
 

@@ -2779,58 +2779,60 @@ def test_toys_pairs_are_asked_for_once(task):
             assert [x[t] - 9 for t in asked] != list(written) and set(y) == set(range(-1, 8))
 
 
-def test_toys_pairs_held_and_what_fits_into_the_budget():
+def test_pairs_held_and_what_fits_into_the_budget():
     """Accuracies 1, 1, .95, .85, .5 at 4 to 64 pairs cross .9 half-way between 16 and 32."""
     result = dict(lengths=[16, 32, 64, 128, 256], accuracy=[1, 1, 0.95, 0.85, 0.5], state_bytes=[100, 200, 400, 800, 1600])
-    held, states = toys.pairs_held(result)
-    assert abs(held - 24) < 1e-9 and abs(states - 600) < 1e-9
-    assert toys.pairs_held(result | dict(accuracy=[1] * 5)) == (64, 1600)
-    assert abs(toys.pairs_held(result | dict(accuracy=[0.8, 1, 1, 1, 1]))[0] - 2) < 1e-9
-    for budget, fitting in ((99, 0), (300, 12), (600, 24), (1200, 24), (5000, 24)):
-        with mock.patch.object(toys, "BUDGET", budget):
-            assert abs(toys.pairs_in_budget(result) - fitting) < 1e-9, budget
-    with mock.patch.object(toys, "BUDGET", 700):
-        assert toys.pairs_in_budget(result | dict(state_bytes=[700] * 5)) == held
+    held, size = analyze.pairs_held(result)
+    assert abs(held - 24) < 1e-9 and abs(size - 600) < 1e-9
+    assert analyze.pairs_held(result | dict(accuracy=[1] * 5)) == (64, 1600)
+    assert abs(analyze.pairs_held(result | dict(accuracy=[0.8, 1, 1, 1, 1]))[0] - 2) < 1e-9
+    for budget, states, fitting in ((99, None, 0), (300, None, 12), (600, None, 24), (1200, None, 24), (700, [700] * 5, 24),
+                                    (600, [700] * 5, 0)):
+        with mock.patch.object(analyze, "STATE_BUDGET", budget):
+            found = analyze.pairs_in_budget(result | dict(state_bytes=states or result["state_bytes"]))
+            assert abs(found - fitting) < 1e-9, (budget, states, found)
 
 
-def test_toys_picture_shows_the_best_variant_of_each_model():
-    """In the cells the means over seeds of a model's best variant; beside them how far from guessing to perfect."""
+def test_abilities_are_the_best_settings_of_each_memory():
+    """Numbers are means over seeds, of a memory's best settings; the picture shows them in the colours of their levels."""
     with tempfile.TemporaryDirectory() as out:
         def leave(kind, measured, **settings):
             cfg = kind(out_dir=out, **settings)
             cfg.folder.mkdir(parents=True)
-            (cfg.folder / "result.json").write_text(json.dumps(dict(config=vars(cfg)) | measured))
+            (cfg.folder / "result.json").write_text(json.dumps(cfg.identity() | dict(config=vars(cfg)) | measured))
 
-        assert toys.ability_cells(Path(out)) == {} and toys.picture_abilities(Path(out)) is None
-        for lr, seed, share in ((0.001, 1, 0.5), (0.001, 2, 0.7), (0.002, 1, 0.95), (0.002, 2, 0.85)):
-            leave(toys.Length, dict(accuracy=[1, 1, share, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed)
+        assert analyze.read_abilities(Path(out)) == {}
+        for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.7)):
+            leave(toys.Length, dict(accuracy=[1, 1, right, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed, jobs=seed)
         leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor")
-        leave(toys.RegBench, dict(ood=dict(accuracy=0.75)), model="rope", automata=1000)
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.97)), model="rope", automata=1000)
         leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="rope", automata=100)
-        cells = toys.ability_cells(Path(out))
-        assert list(cells) == ["floor", "global", "deltanet-beta2"]
-        assert cells["floor"] == {"recall": (9 / 16, 0.5)} and cells["global"] == {"regbench": (0.75, 0.5)}
-        number, share = cells["deltanet-beta2"]["parity"]
-        assert abs(number - 0.9) < 1e-12 and abs(share - 0.8) < 1e-12
-        status, text, _ = call(lambda argv: toys.picture_abilities(Path(out)))
-        assert Path(out, "abilities.png").read_bytes()[:4] == b"\x89PNG" and "abilities.png" in text
-    assert [analyze.level(share)[0] for share in (1, 0.9, 0.89, 0.3, 0.29, -1)] == ["solved", "solved", "partly", "partly", "not", "not"]
-    figure = analyze.ability_figure({"a": {"x": (0.5, 0.5)}, "b": {"y": (17.2, 1.0)}}, {"x": "X", "y": "Y"})
-    texts = {(t.get_position(), t.get_text()) for t in figure.axes[0].texts}
-    to_hex = analyze.matplotlib.colors.to_hex
-    colours = {tuple(round(v + 0.48) for v in p.get_xy()): to_hex(p.get_facecolor()).upper() for p in figure.axes[0].patches}
-    assert texts == {((0, 0), "0.50"), ((1, 1), "17")} and colours == {(0, 0): "#9CCBE6", (1, 1): "#0072B2"}
+        leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="learned", automata=1000)
+        leave(toys.Length, dict(accuracy=[1, 1, 1, 1]), task="repeat", model="knn")
+        leave(toys.Moons, {})
+        numbers = analyze.read_abilities(Path(out))
+    assert list(numbers) == ["floor", "global", "deltanet-beta2"]
+    assert numbers["floor"] == {"recall": 9 / 16} and numbers["global"] == {"regbench": 0.97}
+    assert abs(numbers["deltanet-beta2"]["parity"] - 0.9) < 1e-12
+    for ability, number, level in (("parity", 0.96, "solved"), ("parity", 0.94, "partly"), ("s3", 0.5, "partly"), ("s3", 0.3, "not"),
+                                   ("capacity", 60, "solved"), ("capacity", 20, "partly"), ("copy", 0, "not")):
+        assert analyze.level(ability, number)[0] == level, (ability, number)
+    figure = analyze.ability_figure(numbers | {"knn": {"capacity": 17.2}})
+    ax = figure.axes[0]
+    assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((3, 0), "0.56"), ((6, 1), "0.97"), ((0, 2), "0.90"), ((2, 3), "17")}
+    colours = {tuple(round(v + 0.48) for v in p.get_xy()): analyze.matplotlib.colors.to_hex(p.get_facecolor()) for p in ax.patches}
+    assert colours == {(3, 0): "#9ccbe6", (6, 1): "#0072b2", (0, 2): "#9ccbe6", (2, 3): "#ededed"}
 
 
 def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
     def result(width, lr, seed, *accuracy):
         cfg = toys.Length(task="capacity", model="deltanet", n_embd=width, lr=lr, seed=seed)
-        return dict(config=vars(cfg), lengths=cfg.tested_lengths(), accuracy=list(accuracy), state_bytes=[64 * width] * 6, parameters=1,
+        return dict(config=vars(cfg), lengths=cfg.lengths()[1], accuracy=list(accuracy), state_bytes=[64 * width] * 6, parameters=1,
                     far_accuracy=None, by_distance=[], cpu_seconds=1)
 
     low, high = (1, 0.5, 0.5, 0.5, 0.5, 0.5), (1, 1, 1, 1, 0.8, 0.5)
     results = [result(32, 0.1, 1, *low), result(32, 0.1, 2, *high), result(32, 0.2, 1, *high), result(32, 0.2, 2, *low),
-               result(64, 0.1, 1, *high)]
+               result(32, 0.3, 1, *low), result(64, 0.1, 1, *high)]
     with tempfile.TemporaryDirectory() as out:
         status, text, err = call(lambda argv: print(toys.report_task("capacity", results, Path(out))))
         assert Path(out, "capacity.png").is_file()
@@ -2840,7 +2842,7 @@ def test_toys_capacity_reports_the_best_learning_rate_of_each_width():
 
 def test_toys_pairs_train_and_test_at_every_number_of_pairs():
     cfg = toys.Length(task="mqar", model="deltanet-steps2", **TOY_SHAPE, test_rows=2, batch_size=2)
-    assert [n // 4 for n in cfg.trained_lengths()] == [4, 8, 16, 32, 64] and [n // 4 for n in cfg.tested_lengths()] == [4, 8, 16, 32, 64, 128]
+    assert [[n // 4 for n in lengths] for lengths in cfg.lengths()] == [[4, 8, 16, 32, 64], [4, 8, 16, 32, 64, 128]]
     assert cfg.architecture().delta_steps == 2 and not cfg.architecture().token_shift
     with recorded(fit=lambda model, batch_fn, cfg: [batch_fn(i) for i in range(5)]) as calls:
         result = toys.length_job(cfg)
@@ -2935,7 +2937,8 @@ def test_toys_bad_flags_are_one_line():
                          ("moons --out_dir=a,b", "--out_dir: expected one value"), ("moons --lr=nan", "lr"), ("rmt", "expected a toy"),
                          ("recall --model=rmt --window=24", "window=24"), ("moons --sharpen=-2", "sharpen"),
                          ("moons --optimizer=muon", "adamw"), ("moons --dtype=bfloat16", "float32"),
-                         ("regbench --model=ropes", "did you mean rope?")):
+                         ("regbench --model=ropes", "did you mean rope?"), ("capacity --T=32", "T=32", "64 to 256"),
+                         ("s3 --T=16", "T=16", "32"), ("mqar --T=512", "64 to 256"), ("parity --model=deltanet-beta", "deltanet-beta2")):
         with mock.patch.object(toys, "run_all", side_effect=AssertionError(f"{argv}: training starts")):
             refused(toys.main, argv.split(), *words)
 
@@ -2965,7 +2968,7 @@ def test_toys_workers_side_by_side_leave_results_picture_and_table_and_finished_
         status, text, err = call(toys.main, *flags, "--jobs=1")
         assert status == 0 and "3 of 4 runs are finished already" in text, err
         assert json.loads(made[0].read_text())["accuracy"] == r["accuracy"]  # a function of the settings alone
-        assert (out / "recall.png").read_bytes()[:4] == b"\x89PNG"
+        assert all((out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("recall", "abilities"))
     assert "| deltanet | 0." in text and "T = 32 (all with steps=2, T=32, n_embd=16, test_rows=4)" in text and "floor 0." in text
     assert len(made) == 4 and made[0].parent.name == r["name"] and (r["toy"], r["config"]["model"], r["seed"]) == ("length", "deltanet", 1)
     assert r["lengths"] == [32, 64, 128, 256] and all(0 <= a <= 1 for a in r["accuracy"])

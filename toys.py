@@ -1,14 +1,16 @@
-r"""Three toys that show what the memories do: minutes on a laptop, with pictures.
+r"""Toys that show what the memories do: minutes on a laptop, with pictures.
 
-    python toys.py                                  all three, small: what was seen beside what the papers say
+    python toys.py                                  some of each, small: what was seen beside what the papers say
     python toys.py moons --seeds=20                 three moons (Memory Mosaics, section 3): figures 4, 5 and 6
     python toys.py recall --model=floor,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
+    python toys.py parity,s3 --seeds=5              or s5, state tracking: the product of all permutations so far
+    python toys.py capacity --n_embd=32,64,128      how many pairs, in how many bytes? mqar: each pair is two tokens
     python toys.py regbench --automata=100,1000     random automata: figure 11 and table 4
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
-Each trained model leaves out/toys/<toy>/<run>/result.json as soon as it is measured, where <toy> is moons, length
-(brackets, copy, repeat and recall) or regbench. The same command skips the runs that are there, so an interrupted
-command goes on. The figures are PNG files in out/toys/. Every model is trained by train.fit.
+Each trained model leaves out/toys/<toy>/<run>/result.json as soon as it is measured, where <toy> is moons, regbench or
+length (all others). The same command skips the runs that are there, so an interrupted command goes on. The figures are
+PNG files in out/toys/; abilities.png shows all results there at once. Every model is trained by train.fit.
 
 More commands
     what each change to the moons' recipe buys, and the paper's own recipe (as far as it is known)
@@ -17,7 +19,9 @@ More commands
         python toys.py moons --heads=3 --seeds=5 --periods=published --T=800 --steps=500 --lr=0.01 --sharpen=0 --skip=0
     memories and transformers on random automata, figure 11 and table 4 at laptop size: 20 minutes
         python toys.py regbench --model=mosaic,deltanet,learned,ttt,rope --automata=100,1000 --seeds=2
-    all four tasks, every memory, three seeds: half an hour
+    capacity as each model does best: the learning rate is chosen by the first seed
+        python toys.py capacity,mqar --n_embd=32,64,128 --lr=0.001,0.003,0.006,0.012
+    four tasks, every memory, three seeds: half an hour
         python toys.py brackets,copy,repeat,recall --seeds=3
     the whole of figure 11, for a GPU
         python toys.py regbench --automata=100,500,1000,2500,5000,40000 --model=rope,learned,mosaic,deltanet,ttt \
@@ -25,7 +29,7 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     tokens from an answer's place back to what it closes, copies or looks up
+    distance     tokens from an answer's place back to what it closes, copies or looks up; of products, to the start
     variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on
@@ -35,15 +39,15 @@ Reading order
     settings              the options of each toy
     reports               runs of one variant together, curves, figures
     moons                 the network, the orbits, the 25-step evaluation
-    brackets … recall     the four generators, accuracy by length and by distance
+    brackets … mqar       the generators, the table of tasks, accuracy by length, by distance and by bytes of state
     regbench              automata, instances, metrics, in-context n-grams, the published numbers
     the command line      from argv to configurations, and from these to results and reports
 
-References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek et al. 2024, 2401.12973), the recall task
-(Arora et al. 2023, 2312.04927), the repository memory-architectures (brackets, copying, repeated elements).
+References: Memory Mosaics (Zhang et al. 2024, 2405.06394), RegBench (Akyürek et al. 2024, 2401.12973), recall and mqar
+(Arora et al. 2023, 2312.04927), state tracking (Grazzi et al. 2024, 2411.12537; s5: Siems et al. 2025, 2502.10297), the
+repository memory-architectures (brackets, copying, repeated elements).
 """
 import itertools
-import json
 import math
 import os
 import random
@@ -173,8 +177,8 @@ class Length(Toy):
     token_shift: bool = option(False, "every block first adds to a token a mixture of the three before it", "toy")
     test_rows: int = option(64, "test sequences at each length", "toy", low=1)
     lr: float = option(6e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
-    steps: int = option(0, "updates of the weights; 0 = 400, of groups 600, of pairs 1000", "optimisation", low=0)
-    batch_size: int = option(0, "sequences in a step; 0 = 32, of groups 64", "optimisation", low=0)
+    steps: int = option(0, "updates of the weights; 0 = 400, of products and pairs 1000", "optimisation", low=0)
+    batch_size: int = option(0, "sequences in a step; 0 = 32, of products 64", "optimisation", low=0)
     toy = "length"
 
     def __post_init__(self):
@@ -184,8 +188,9 @@ class Length(Toy):
         self.T = self.T or TASKS[self.task].T
         self.steps = self.steps or TASKS[self.task].steps
         self.batch_size = self.batch_size or TASKS[self.task].batch_size
-        if self.T < 32 or self.trained_lengths()[0] < 4:
-            raise ValueError(f"T={self.T} is too short for {self.task}; give 64 or more")
+        low, high = (64, 2 * KEYS) if self.task in PAIRS else (32, math.inf)
+        if not low <= self.T <= high:
+            raise ValueError(f"T={self.T} was given, {self.task} needs {low} to {high}")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -200,13 +205,10 @@ class Length(Toy):
         settings.update(LENGTH_MODELS[self.model])
         return Config(**settings)
 
-    def trained_lengths(self) -> list[int]:
-        """The lengths of the training sequences, which take turns."""
-        return [int(self.T * share) for share in TASKS[self.task].trained]
-
-    def tested_lengths(self) -> list[int]:
-        """The lengths of the test sequences."""
-        return [int(self.T * share) for share in TASKS[self.task].tested]
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """The lengths of training sequences, which take turns, and of test sequences."""
+        task = TASKS[self.task]
+        return [int(self.T * share) for share in task.trained], [int(self.T * share) for share in task.tested]
 
     def name_begins(self) -> dict:
         """The settings whose bare values begin a run's name."""
@@ -301,7 +303,7 @@ def grouped(kind: type, results: list[dict]) -> tuple[list[Variant], str]:
     """
     configs = [config_of(kind, result) for result in results]
     changed = [changes(cfg) for cfg in configs]
-    shared = [change for change in sum(changed[:1], []) if all(change in others for others in changed)]
+    shared = [change for change in changed[0] if all(change in others for others in changed)]
 
     found = {}
     for cfg, all_changes, result in zip(configs, changed, results):
@@ -323,6 +325,16 @@ def average(runs: list[dict], *path: str) -> float:
             value = value[key]
         values.append(value)
     return mean(values)
+
+
+def best_of(variants: list[Variant], key: Callable, score: Callable) -> dict:
+    """key(variant) -> of the variants with this key the one with the highest score."""
+    best = {}
+    for variant in variants:
+        before = best.get(key(variant))
+        if before is None or score(variant) > score(before):
+            best[key(variant)] = variant
+    return best
 
 
 def draw_with_range(ax, x: list, values: list, name: str, look: dict) -> None:
@@ -629,8 +641,8 @@ def plot_matrices(variant: Variant, out: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# brackets, copy, repeat, recall. A task draws one sequence: x, y and distance, lists of length T. y is the answer to be
-# given at a position, -1 where nothing is asked.
+# brackets, copy, repeat, recall; parity, s3, s5 (products); capacity, mqar (pairs). A task draws one sequence: x, y and
+# distance, lists of length T. y is the answer to be given at a position, -1 where nothing is asked.
 
 KINDS = 8  # of brackets; the blank is token 0, the openers are 1 to 8, the closers 9 to 16
 
@@ -771,30 +783,28 @@ VALUES = 8
 
 
 def pairs(rng: random.Random, T: int, split: bool) -> tuple[list, list, list]:
-    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more, in
-    any order: what was its value (0-7)? Blanks (8) fill up.
+    """T/4 pairs of a key and a value, with no key twice. In the second half of the sequence each key comes once more,
+    in any order: what was its value (0-7)? Blanks (8) fill up.
 
         x   a  3  b  7  .  b  a  .            split (mqar): key (9-136) and value are two tokens, as in Arora et al.
         y                  7  3
         x   a=3  b=7  .  .  .  b  a  .        else (capacity): one token, 137 + 8 key + value
     """
-    N = T // 4
+    keys = rng.sample(range(KEYS), T // 4)
     x = []
-    value_of = {}
-    place_of = {}
-    for key in rng.sample(range(KEYS), N):
+    values = []
+    for key in keys:
         value = rng.randrange(VALUES)
-        value_of[key] = value
-        place_of[key] = len(x)
+        values.append(value)
         x += [9 + key, value] if split else [9 + KEYS + VALUES * key + value]
     x += [8] * (T - len(x))
     y = [-1] * T
     distance = [0] * T
-    places = rng.sample(range(T // 2, T), N)
-    for key, place in zip(value_of, places):
-        x[place] = 9 + key
-        y[place] = value_of[key]
-        distance[place] = place - place_of[key]
+    places = rng.sample(range(T // 2, T), len(keys))
+    for i, place in enumerate(places):
+        x[place] = 9 + keys[i]
+        y[place] = values[i]
+        distance[place] = place - (2 * i if split else i)
     return x, y, distance
 
 
@@ -811,17 +821,18 @@ class Task(NamedTuple):
 
 
 PAIRS = ("capacity", "mqar")
+BY_PRODUCT = dict(steps=1000, batch_size=64, trained=(1 / 4, 1 / 2, 1))
 BY_PAIRS = dict(T=256, steps=1000, trained=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), tested=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2))
 TASKS = {
     "brackets": Task(brackets, 17),
     "copy": Task(copy, 18),
     "repeat": Task(repeat, 290),
     "recall": Task(recall, 152),
-    "parity": Task(partial(product, n=2), 2, "chance (.5) for attention and β < 1; β up to 2 holds it", 64, 600, 64),
-    "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", 64, 600, 64),
-    "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", 64, 600, 64),
-    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "the more state, the more pairs", **BY_PAIRS),
-    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "the more state, the more pairs", **BY_PAIRS),
+    "parity": Task(partial(product, n=2), 2, "attention and β < 1 guess (.5), β up to 2 holds it", **BY_PRODUCT),
+    "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", **BY_PRODUCT),
+    "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", **BY_PRODUCT),
+    "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "more state, more pairs", **BY_PAIRS),
+    "mqar": Task(partial(pairs, split=True), 9 + KEYS, "more state, more pairs", **BY_PAIRS),
 }
 
 
@@ -845,7 +856,7 @@ def length_job(cfg: Length) -> dict:
     start = time.process_time()
 
     def batch_fn(step):
-        lengths = cfg.trained_lengths()
+        lengths, _ = cfg.lengths()
         x, y, _ = length_batch(cfg.task, cfg.batch_size, lengths[step % len(lengths)], cfg.seed, step + 1)
         return x, y
 
@@ -887,7 +898,7 @@ def measure_length(model: GPT, cfg: Length) -> dict:
                                           asked for, their accuracy
         far_accuracy                      there, of answers two windows back or more; None if there are none
     """
-    lengths = cfg.tested_lengths()
+    _, lengths = cfg.lengths()
     found = [answers(model, cfg, T) for T in lengths]
     accuracy = []
     for T, (right, asked, _, _) in zip(lengths, found):
@@ -926,35 +937,17 @@ def report_length(results: list[dict], out: Path) -> list[list[str]]:
     return seen
 
 
-def pairs_held(result: dict) -> tuple[float, float]:
-    """Up to how many pairs are 90% of the answers right, and how many bytes has the state there? Between the numbers of
-    pairs that were tested it goes in straight lines, from an accuracy of 1 with 0 pairs on."""
-    tested = [length / 4 for length in result["lengths"]]
-    held = tested[-1]
-    for (N, accuracy), (more, lower) in itertools.pairwise(zip([0, *tested], [1, *result["accuracy"]])):
-        if lower < 0.9:
-            held = N + (more - N) * (accuracy - 0.9) / (accuracy - lower)
-            break
-    return held, float(np.interp(held, tested, result["state_bytes"]))
-
-
-def best_learning_rates(variants: list[Variant]) -> list[Variant]:
-    """For each model and width the variant that is most accurate on the first of its seeds."""
-    best = {}
-    for variant in variants:
-        key = (variant.cfg.model, variant.cfg.n_embd)
-        if key not in best or mean(variant.runs[0]["accuracy"]) > mean(best[key].runs[0]["accuracy"]):
-            best[key] = variant
-    return list(best.values())
-
-
 def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     """The table and the figure of one task -> its row for the last table."""
     import analyze
     variants, shared = grouped(Length, results)
-    if task in PAIRS:
-        variants = best_learning_rates(variants)
     names = ["at T" if share == 1 else f"at {share:g}T" for share in TASKS[task].tested]
+    if task in PAIRS:
+        names = [f"{length // 4} pairs" for length in variants[0].cfg.lengths()[1]]
+        # Of the learning rates the best one counts, for each model and width, by the first seed alone.
+        best = best_of(variants, lambda v: (v.cfg.model, v.cfg.n_embd), lambda v: mean(v.runs[0]["accuracy"]))
+        variants = list(best.values())
+    last = "held" if task in PAIRS else "far"
     lengths = sorted({variant.cfg.T for variant in variants})
     trained = ", ".join(map(str, lengths))
     rows = []
@@ -964,7 +957,7 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
         accuracy = [f"{mean(seeds):.3f}" for seeds in zip(*(run["accuracy"] for run in runs))]
         summary = None
         if task in PAIRS:
-            summary = f"{mean(pairs_held(run)[0] for run in runs):.0f}"
+            summary = f"{mean(analyze.pairs_held(run)[0] for run in runs):.0f}"
         elif runs[0]["far_accuracy"] is not None:
             summary = f"{average(runs, 'far_accuracy'):.3f}"
         parameters = f"{runs[0]['parameters']:,}"
@@ -973,12 +966,8 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
                      f"{average(runs, 'cpu_seconds'):.0f}"])
         here.append(f"{variant.name} {summary if task in PAIRS else accuracy[-1]}")
 
-    meaning = "at 8T, answers two windows back or more"
-    last = "far"
-    if task in PAIRS:
-        meaning = "the number of pairs of which 90% are answered right; N pairs are in sequences of 4N tokens"
-        last = "held"
-    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; {last} = {meaning}\n")
+    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = in the "
+        "longest sequences, answers two windows back or more; held = pairs, 4 tokens each, with 90% right answers\n")
     say(analyze.table(["model", *names, last, "seeds", "parameters", f"state {names[0]}", f"state {names[-1]}",
                        "mean cpu s"], rows))
     plot_length(task, trained, variants, out)
@@ -1010,11 +999,12 @@ def draw_pairs_held(ax, variants: list[Variant]) -> None:
         points = []
         for variant in variants:
             if variant.cfg.model == model:
-                held, states = zip(*(pairs_held(run) for run in variant.runs))
+                held, states = zip(*(analyze.pairs_held(run) for run in variant.runs))
                 points.append((mean(states), held))
         states, held = zip(*sorted(points))
         draw_with_range(ax, states, held, model, look)
-    ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy", title="one point a width")
+    ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy",
+           title="one point a width")
 
 
 def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
@@ -1023,8 +1013,12 @@ def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> 
     import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.2))
     left, right = axes[0]
-    looks = analyze.distinct_looks([variant.cfg.model for variant in variants])
-    for variant, look in zip(variants, looks):
+    shown = variants
+    if task in PAIRS:
+        widths = sorted({variant.cfg.n_embd for variant in variants})
+        shown = [variant for variant in variants if variant.cfg.n_embd == widths[len(widths) // 2]]     # the middle one
+    looks = analyze.distinct_looks([variant.cfg.model for variant in shown])
+    for variant, look in zip(shown, looks):
         by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
         draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
     left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
@@ -1278,17 +1272,6 @@ TABLE_4 = {"mosaic": (.959, .417), "transformer": (.856, .308), "Mamba": (.929, 
 TRANSFORMER_LINES = {"rope": "solid", "learned": "dashed", "none": "dashdot"}
 
 
-def best_variants(variants: list[Variant]) -> dict[tuple[str, int], Variant]:
-    """(model, automata) -> of its variants the most accurate one on the validation automata, as in the papers."""
-    best = {}
-    for variant in variants:
-        key = (variant.cfg.model, variant.cfg.automata)
-        before = best.get(key)
-        if before is None or average(variant.runs, "valid", "accuracy") > average(before.runs, "valid", "accuracy"):
-            best[key] = variant
-    return best
-
-
 def ngram_baselines(cfg: RegBench) -> dict[str, dict]:
     """The scores of in-context n-grams on the test automata."""
     # These are the test automata of regbench_job, and the same strings.
@@ -1305,7 +1288,7 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     """Prints the table, draws the figure and keeps the baselines -> rows for the last table."""
     import analyze
     variants, shared = grouped(RegBench, results)
-    best = best_variants(variants)
+    best = best_of(variants, lambda v: (v.cfg.model, v.cfg.automata), lambda v: average(v.runs, "valid", "accuracy"))
     cfg = variants[0].cfg
     baselines = ngram_baselines(cfg)
     save_json(out / "regbench" / "baselines.json", dict(automata=cfg.test_automata, T=cfg.T, ood=baselines))
@@ -1366,72 +1349,6 @@ def plot_regbench(best: dict[tuple[str, int], Variant], baselines: dict, out: Pa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One picture: which memory can do what
-
-BUDGET = 32 * 1024  # bytes of state, for the comparison of capacities
-
-
-def pairs_in_budget(result: dict) -> float:
-    """How many pairs are held by a state of at most BUDGET bytes."""
-    held, _ = pairs_held(result)
-    states = result["state_bytes"]
-    if states[0] > BUDGET:
-        return 0.0
-    if states[-1] <= BUDGET:
-        return held
-    fitting = np.interp(BUDGET, states, [length / 4 for length in result["lengths"]])
-    return min(held, float(fitting))
-
-
-class Ability(NamedTuple):
-    """A column of the picture."""
-    title: str
-    measure: Callable  # result -> the number in the cell
-    guessing: float    # what a guess would get
-    perfect: float
-
-
-ABILITIES = {
-    "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
-    "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
-    "capacity": Ability(f"pairs held\nin {BUDGET // 1024} KiB", pairs_in_budget, 0, KEYS / 2),
-    "recall": Ability("overwriting\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
-    "copy": Ability("copying\nat 8T", lambda result: result["accuracy"][-1], 1 / 16, 1),
-    "brackets": Ability("brackets\nat 8T", lambda result: result["accuracy"][-1], 1 / 8, 1),
-    "regbench": Ability("a new\nlanguage", lambda result: result["ood"]["accuracy"], 1 / 2, 1),
-}
-
-
-def ability_cells(out: Path) -> dict[str, dict]:
-    """model -> task -> (the number, how far it is from guessing, 0, to perfect, 1), from all result files in the folder.
-
-    Of a model's variants the best one counts, by its mean over seeds. Of regbench 1000 automata count, and the
-    transformer with rotations is global attention.
-    """
-    cells = {model: {} for model in LENGTH_MODELS}
-    for task, ability in ABILITIES.items():
-        kind = RegBench if task == "regbench" else Length
-        results = [json.loads(path.read_text()) for path in sorted(out.glob(f"{kind.toy}/*/result.json"))]
-        wanted = dict(automata=1000) if kind is RegBench else dict(task=task)
-        results = [result for result in results if wanted.items() <= result["config"].items()]
-        for variant in grouped(kind, results)[0]:
-            model = "global" if variant.cfg.model == "rope" else variant.cfg.model
-            number = mean(ability.measure(run) for run in variant.runs)
-            if model in cells and number >= cells[model].get(task, (0, 0))[0]:
-                cells[model][task] = number, (number - ability.guessing) / (ability.perfect - ability.guessing)
-    return {model: row for model, row in cells.items() if row}
-
-
-def picture_abilities(out: Path) -> None:
-    """abilities.png, if there are results for it."""
-    import analyze
-    cells = ability_cells(out)
-    if cells:
-        titles = {task: ability.title for task, ability in ABILITIES.items()}
-        save_figure(analyze.ability_figure(cells, titles), out / "abilities.png")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 class Experiment(NamedTuple):
@@ -1456,7 +1373,7 @@ COMMANDS["regbench"] = (RegBench, dict(model="rope,mosaic"))
 
 # What `python toys.py` runs: toys, and the flags that keep them small
 SHORT = {"moons": [], "recall": ["--model=floor,global,deltanet,mosaic"], "regbench": [],
-         "parity": ["--model=global,deltanet,deltanet-beta2"], "capacity": ["--model=floor,global,deltanet"]}
+         "parity": ["--model=deltanet,deltanet-beta2", "--steps=500"], "capacity": ["--model=global,deltanet"]}
 
 
 def read_toy(name: str, argv: list[str]) -> list[Toy]:
@@ -1519,7 +1436,9 @@ def train_and_report(argv: list[str]) -> None:
             diverged += failed
             if results:
                 seen += experiment.report(results, out)
-    picture_abilities(out)
+    abilities = analyze.read_abilities(out)
+    if abilities:
+        save_figure(analyze.ability_figure(abilities), out / "abilities.png")
     if seen:
         say("\nWhat was seen, beside what the papers say\n")
         say(analyze.table(["experiment", "what the papers say", "what was seen"], seen, left=3))
