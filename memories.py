@@ -26,7 +26,9 @@ Glossary (name in the code = symbol in the paper)
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
                        starts; W_start and b_start are those at the start of a mini-batch
     grad = ∇           inner gradient of a token's loss; a name that begins with d, as dq, is a gradient of the training
-    decay = λ          leak of the key average; log_decay is log λ
+    decay = λ          share of the key average that a token keeps; log_decay is log λ
+    gate = g           how much of a token enters the key average
+    C                  tokens in a chunk; in the comments on chunks Q, K, V stack the chunk's q, k, v
     state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               "loop", "chunk", "triton", or "auto": triton for CUDA tensors of a supported shape, else chunk
 
@@ -145,7 +147,7 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
 
 
 def _leaky_loop(x, decay, y):
-    """Token by token: y (B,H,D) is the state."""
+    """Token by token: y (B,H,D) is the state. decay is λ (H,), or log λ_t (B,T,H)."""
     if decay.dim() == 3:
         decays = decay.exp().unbind(1)                                                  # λ_t  (B,H)
     else:
@@ -262,7 +264,7 @@ def _delta_loop(q, k, v, log_alpha, beta, S, scale, erase):
     beta = beta[..., None]
     outputs = []
     for t in range(q.size(1)):
-        # forget a little of everything
+        # forget a little of everything: α is one number a head
         S = alpha[:, t, :, :, None] * S
 
         # look up what is stored at this key, and move it towards the value
@@ -285,7 +287,7 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale, erase):
         (I + A) V' = diag(β) (V - diag(γ) K S)      A = tril(diag(β) K Kᵀ ⊙ Γ, -1)      Γ_ij = γ_i/γ_j for i >= j
 
     It is linear in S. Solved for all chunks at once it is V' = U - W S, and only S walks from chunk to chunk. Without
-    erasing no token reads what others have written: V' = U = diag(β) V."""
+    erasing a write does not depend on the writes before it: V' = U = diag(β) V."""
     B, T, H, Dk = k.shape
     Dv = v.size(-1)
     C = min(DELTA_CHUNK, T)
@@ -431,16 +433,16 @@ def _ttt_loop(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     lr = lr[..., None]                                                                  # (B,T,H,1)
     outputs = []
     for t in range(q.size(1)):
-        # How would the model of the mini-batch's start have to change for this token? Its answer
+        # Which way does this token's loss rise, at the model of the mini-batch's start? Its answer
         # f(k) = k + LN(z) should be v, so LN(z) should be v - k.
         z = read(W_start, k[:, t]) + b_start                                            # (B,H,D)
         grad = ttt_gradient(z, v[:, t] - k[:, t], ln_weight, ln_bias)
 
-        # add that to what the mini-batch's tokens before it asked for
+        # add that to the directions of the mini-batch's tokens before it
         grad_W = grad_W + outer(k[:, t], lr[:, t] * grad)
         grad_b = grad_b + lr[:, t] * grad
 
-        # step from the mini-batch's start
+        # step the other way, from the mini-batch's start
         W = W_start - token_scale[pos] * grad_W
         b = b_start - token_scale[pos] * grad_b
 
@@ -1579,7 +1581,7 @@ def kernel_flops(kernel_name: str, D: int) -> int:
     }[kernel_name]
 
 
-def floor(name: str, part: str, D: int) -> tuple[int, int]:
+def least_work(name: str, part: str, D: int) -> tuple[int, int]:
     """The least that a function has to do for a token and head: (FLOPs, bytes), where inputs are
     read once and outputs written once, in bf16. The delta rule's FLOPs are those of the usual form
     in chunks of 64. The walks here take fewer, because their chunks are of 32 and because the error
@@ -1647,7 +1649,7 @@ def report(name: str, shape: str) -> None:
             all_flops += flops
             all_bytes += nbytes
 
-        floor_flops, floor_bytes = floor(name, part, D)
+        floor_flops, floor_bytes = least_work(name, part, D)
         microseconds = 1e6 * tokens
         least = microseconds * at_the_ceilings(floor_flops, floor_bytes)
         print(f"{part}: {all_bytes:.0f} bytes (floor {floor_bytes}) and {all_flops} FLOPs (floor {floor_flops}) "
@@ -1720,7 +1722,7 @@ def benchmark(name: str, shape: str) -> None:
             print(f"{name}: {other} did not run: {str(e).splitlines()[0]}")
 
     for part in ("forward", "backward"):
-        flops, nbytes = [x * B * T * H for x in floor(name, part, D)]
+        flops, nbytes = [x * B * T * H for x in least_work(name, part, D)]
         seconds = ms["ours"][part] / 1e3
         row = (f"{name:17} {shape:5} bfloat16  {part:8} {ms['ours'][part]:7.3f} {flops / seconds / 1e12:8.1f} "
                f"{nbytes / seconds / 1e9:8.0f} {seconds / at_the_ceilings(flops, nbytes):8.1f} ")

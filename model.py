@@ -6,8 +6,8 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
-the state gives the same outputs. A state is an immutable NamedTuple of tensors (or one tensor), and no layer
-writes into its inputs.
+the state gives the same outputs. A state is None, a tensor, or a tuple of states with names, which is never changed; no
+layer writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -108,7 +108,7 @@ class Config:
     rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
     qk_norm: bool = option(True, "normalise queries and keys per head")
 
-    token_shift: bool = option(False, "every block first adds to a token a learned mixture of the three before it")
+    token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three before it")
     norm: str = option("rms", "rms (no parameters) or layer", choices=("rms", "layer"))
     activation: str = option("relu2", "MLP nonlinearity", choices=("relu2", "gelu"))
     bias: bool = option(False, "biases in linear layers and LayerNorms")
@@ -183,9 +183,9 @@ class Config:
 
 
 PRESETS = {
-    # Minutes on two cores. Heads of 64, since normalised queries and keys score √D at most, which
-    # must be enough to tell one key from max_seq_len others; a RoPE base whose wavelengths lie
-    # within so short a row.
+    # This one trains in minutes on two cores. Its 128 channels make 2 heads of 64: normalised queries
+    # and keys score √D at most, and that must tell one key from max_seq_len others. With this RoPE base
+    # half of the wavelengths fit into a row.
     "laptop": dict(n_head=2, rope_theta=10_000.0, token_shift=True),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
@@ -318,7 +318,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
         # the one query is the newest token: it sees every key
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if only_causal and before <= Tq:
-        # the kernel wants as many queries as keys: blank ones stand on the left
+        # The kernel wants as many queries as keys, so blank ones stand on the left. That at most
+        # doubles the work.
         padded = F.pad(q, (0, 0, before, 0))
         y = F.scaled_dot_product_attention(padded, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         return y[:, :, before:]
@@ -717,8 +718,8 @@ class KNNAttention(Attention):
             return new
         room = self.N - k.size(2)
         if store.k.size(2) > room:
-            age = store.written if self.evict == "fifo" else store.used
-            keep = age.topk(room, dim=-1, sorted=False).indices  # (B,Hkv,room)
+            recency = store.written if self.evict == "fifo" else store.used
+            keep = recency.topk(room, dim=-1, sorted=False).indices  # (B,Hkv,room) the most recent stay
             rows = keep[..., None].expand(-1, -1, -1, self.D)
             store = Store(store.k.gather(2, rows), store.v.gather(2, rows),
                           store.written.gather(2, keep), store.used.gather(2, keep))
@@ -770,8 +771,8 @@ class KNNAttention(Attention):
         return super().weights(x, None if state is None else state.local, ve)
 
     def flops(self, T):
-        """Attention's; each query is scored against all N stored keys and mixes the values of the
-        nearest."""
+        """Attention's; each query is scored against all N stored keys, and the mixing runs over all N
+        values too, where those that are not among the nearest weigh 0."""
         return super().flops(T) + self.H * self.D * 4 * self.N
 
 
@@ -984,7 +985,7 @@ KEY_SCALE_MAX = 5.0  # the largest logarithm of a key's length
 
 
 class MosaicKey(nn.Module):
-    """k_t = exp(min(power·σ, cap)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head.
+    """k_t = exp(min(power·s, KEY_SCALE_MAX)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head.
 
     Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics,
     Library/memory_mosaics/models/memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ
@@ -996,7 +997,7 @@ class MosaicKey(nn.Module):
         self.power = power  # 1 where keys meet keys, 2 where they meet learned ones: both products have the scale twice
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
-        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # σ / 10
+        self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # s / 10 (the paper's σ)
 
     def slow(self, x):
         """The keys of a whole sequence, token by token: x (B,T,C) -> (B,H,T,D)."""
@@ -1016,8 +1017,8 @@ class MosaicKey(nn.Module):
     def size(self):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
-        if self.scale is None:
-            return torch.ones_like(self.phi.weight[::self.D, 0])
+        if self.scale is None:      # mosaic2's keys have length 1: AdaptiveMemory sharpens the queries instead
+            return torch.ones_like(self.phi.weight[::self.D, 0])    # (H,) on phi's device
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
     def gates(self, x):
@@ -1035,10 +1036,10 @@ class MosaicKey(nn.Module):
 
 
 class ContextState(NamedTuple):
-    """All keys and values, and what the next ones are made of."""
+    """The keys and values that a later query can see, and what the next ones are made of."""
     k_bar: Tensor  # (B,H,D)     the leaky average
-    k: Tensor      # (B,H,t,D)   all keys
-    v: Tensor      # (B,H,t-1,D) all values but the last, which waits for the next token
+    k: Tensor      # (B,H,t,D)   the keys: of all tokens, or of a window
+    v: Tensor      # (B,H,t-1,D) their values but the last, which waits for the next token
     u: Tensor      # (B,H,1,D)   that value's first half
 
 
@@ -1129,8 +1130,9 @@ class ContextualMemory(nn.Module):
         return attention_flops(T, self.window, self.psi.in_features)
 
 
-def feedforward_weights(config: Config) -> int:
-    """The weights that make a mosaic block's second half, so that the block has as many as one of attention."""
+def feedforward_size(config: Config) -> int:
+    """How many weights a mosaic block's second half has, so that the block has as many as one of attention:
+    2C² (q and out), 2C·Hkv·D (k and v) and 8C² (the MLP)."""
     C = config.n_embd
     mixer = 3 * C * C
     if config.memory == "mosaic2":
@@ -1148,7 +1150,7 @@ class PersistentMemory(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.dropout = config.dropout
-        N = config.mosaic_slots or (feedforward_weights(config) - 2 * C * C) // (2 * C)
+        N = config.mosaic_slots or (feedforward_size(config) - 2 * C * C) // (2 * C)
         self.key = MosaicKey(config, power=2)
         self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
         self.P_v = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)
@@ -1182,7 +1184,10 @@ class PersistentMemory(nn.Module):
 # mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025; its code is not public). Each of its four changes can be switched off
 
 class GatedKey(MosaicKey):
-    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8)."""
+    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8).
+
+    Its slow form is forward(x, None, impl="loop"): what is inherited needs the leak of a head.
+    """
     def __init__(self, config: Config, power: float):
         super().__init__(config, power)
         self.leak = None
@@ -1195,10 +1200,10 @@ class GatedKey(MosaicKey):
 
 
 class AdaptiveMemory(ContextualMemory):
-    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^α + β_0: the more pairs, the sharper   (eq. 6).
+    """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^p + β_0: the more pairs, the sharper   (eq. 6).
 
-    They are the last `window` pairs up to t - m. In training every pass draws an m of its own from
-    lags = (least, largest), in every layer; evaluation takes the least.
+    They are the last `window` pairs up to t - m. In training each layer draws its own m from lags =
+    (least, largest) in every pass that starts without a state. Otherwise m is the least.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
@@ -1210,12 +1215,13 @@ class AdaptiveMemory(ContextualMemory):
             self.key.scale = None
             start = torch.ones(config.n_head)
             self.scale = nn.Parameter(0 * start)
-            self.beta_0 = nn.Parameter(1.5 * start)                                     # log β_0
-            self.beta_1 = nn.Parameter(1.5 * start)                                     # log β_1
-            self.alpha = nn.Parameter(start / 3)
+            self.log_beta_0 = nn.Parameter(1.5 * start)
+            self.log_beta_1 = nn.Parameter(1.5 * start)
+            self.power = nn.Parameter(start / 3)
 
     def size(self):
-        """The values' length (H,), exp(min(|θ|, 15)). |θ| has a gradient at 0 too, where θ starts."""
+        """The values' length (H,), exp(min(|scale|, 15)); here |·| has a gradient at 0 too, where the
+        scale starts."""
         if not self.is_adaptive:
             return super().size()
         return torch.where(self.scale < 0, -self.scale, self.scale).clamp(max=15).exp()
@@ -1225,8 +1231,8 @@ class AdaptiveMemory(ContextualMemory):
         if not self.is_adaptive:
             return queries
         with full_precision(queries):
-            power = n.clamp(1, self.window) ** self.alpha.abs().clamp(max=1)[:, None]   # n^α  (H,T)
-            beta = self.beta_1.clamp(max=10).exp()[:, None] * power + self.beta_0.clamp(max=10).exp()[:, None]
+            power = n.clamp(1, self.window) ** self.power.abs().clamp(max=1)[:, None]   # n^p  (H,T)
+            beta = self.log_beta_1.clamp(max=10).exp()[:, None] * power + self.log_beta_0.clamp(max=10).exp()[:, None]
             return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
@@ -1238,7 +1244,7 @@ class AdaptiveMemory(ContextualMemory):
         v = self.size()[:, None, None] * v_bar / v_bar.norm(dim=-1, keepdim=True)
         ys = []
         for t in range(x.size(1)):
-            end = max(t + 1 - self.lags[0], 0)
+            end = max(t + 1 - self.lags[0], 0)                                          # lags = (least m, largest m)
             begin = max(end - self.window, 0) if self.window else 0
             query = self.sharpen(k[:, :, t:t + 1], torch.tensor([end - begin]))
             score = k[:, :, begin:end] @ query.mT                                       # (B,H,n,1)
@@ -1251,12 +1257,13 @@ class AdaptiveMemory(ContextualMemory):
         before = keys.size(2) - T
         lag = self.lags[0]
         is_drawn = self.training and before == 0 and lag < self.lags[1]
-        if is_drawn:    # as a tensor, for whose value neither the compiler nor a GPU waits
+        if is_drawn:    # a tensor: for a Python number the CPU would wait for the GPU, and the compiler compile anew
             lag = torch.randint(lag, self.lags[1] + 1, (), device=queries.device)
         n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
         queries = self.sharpen(queries, n)
 
-        # A query moves to the place of the newest pair that it sees, and what it finds moves back.
+        # The query of place p + m - 1 moves to p, the newest pair that it may see, and what it finds
+        # moves back. Those that wrap around see no pair: n <= 0 sets them to 0.
         if is_drawn:
             place = torch.arange(T, device=queries.device)
             y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
@@ -1295,10 +1302,10 @@ class ShortAndLongMemory(nn.Module):
 
 
 def mosaic2_feedforward(config: Config) -> nn.Module:
-    """Its persistent memory, which is an MLP."""
+    """mosaic2's second half: an MLP, or learned pairs with mosaic2_mlp=False."""
     if not config.mosaic2_mlp:
         return PersistentMemory(config)
-    return MLP(config, swiglu_width=feedforward_weights(config) // (3 * config.n_embd))
+    return MLP(config, swiglu_width=feedforward_size(config) // (3 * config.n_embd))
 
 
 def mosaic2_start(block: nn.Module, layer: int) -> None:
@@ -1441,7 +1448,8 @@ class Stack(nn.Module):
         return self.final_norm(x), StackState(torch.tensor(end), tuple(new_states))
 
     def flops(self, T):
-        """All of the stack's: two a weight of a linear layer, and what the blocks add."""
+        """All of the stack's: 2 for each weight of a linear layer, and what the mixers, feed-forward
+        parts and token shifts add."""
         total = 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -1480,8 +1488,8 @@ class RMT(nn.Module):
         self.M = config.rmt_tokens
         self.S = config.segment_length
         self.bptt = config.rmt_bptt
-        # What the stack reads is one segment with its memory, whatever the model's rows are, so that
-        # is its one segment; its windows are the model's.
+        # The inner stack's row has M + S + M positions, whatever the model's rows are. It counts as one
+        # segment, which is what Config accepts; the windows stay the model's.
         length = self.S + 2 * self.M
         inner = replace(config, max_seq_len=length, rmt_segment=length, short_window=config.local_window)
         self.stack = Stack(inner, n_free=self.M)
@@ -1577,8 +1585,8 @@ class RMT(nn.Module):
         return torch.cat(ys, 1), memory, segment
 
     def flops(self, T):
-        """The stack's for a segment and its 2M memory tokens, spread over the segment's S
-        tokens."""
+        """The stack's for a segment and its 2M memory tokens, spread over the segment's S tokens. What
+        truncation runs again is not counted."""
         return self.stack.flops(self.S + 2 * self.M) * (self.S + 2 * self.M) / self.S
 
 

@@ -611,7 +611,7 @@ def contextual_memory(memory, x, window, m, gated, adaptive):
                 continue
             beta = 1
             if adaptive:
-                beta = p["beta_1"][h].exp() * len(pairs) ** p["alpha"][h].abs().clamp(max=1) + p["beta_0"][h].exp()
+                beta = p["log_beta_1"][h].exp() * len(pairs) ** p["power"][h].abs().clamp(max=1) + p["log_beta_0"][h].exp()
             weights = torch.stack([beta * (keys[t] * keys[i]).sum(-1) for i in pairs], 1).softmax(1)
             ys.append((weights[..., None] * v[:, pairs]).sum(1))
         heads.append(torch.stack(ys, 1))
@@ -655,14 +655,14 @@ def test_mosaic2_is_its_equation(off):
 
 @torch.no_grad()
 def test_mosaic2_caps():
-    """β_0 and β_1 up to e^10, α up to 1, values up to e^15 long; α and the values' length whatever the sign."""
+    """β_0 and β_1 up to e^10, p up to 1, values up to e^15 long; p and the values' length whatever the sign."""
     short, long = mosaic2_layer().memories
     short.scale.copy_(torch.tensor([-20.0, -0.5]))
     assert error(short.size(), torch.tensor([15.0, 0.5]).exp()) < 1e-6
     for memory, most in ((short, 11), (long, 50)):
-        memory.beta_0.copy_(torch.tensor([12.0, 1.0]))
-        memory.beta_1.copy_(torch.tensor([1.0, 12.0]))
-        memory.alpha.copy_(torch.tensor([-0.5, -3.0]))
+        memory.log_beta_0.copy_(torch.tensor([12.0, 1.0]))
+        memory.log_beta_1.copy_(torch.tensor([1.0, 12.0]))
+        memory.power.copy_(torch.tensor([-0.5, -3.0]))
         beta = memory.sharpen(torch.ones(1, 2, 3, 1), torch.tensor([-2, 4, 50]))[0, :, :, 0]
         n = torch.tensor([1, 4, most])
         assert error(beta[0], math.e * n ** 0.5 + math.exp(10)) < 1e-6 and error(beta[1], math.exp(10) * n + math.e) < 1e-6
@@ -827,7 +827,7 @@ def starts(layers, heads, width):
     gaussian = lambda std: stats.norm(0, std).cdf
     pair, projected = gaussian((width / heads) ** -0.5), gaussian(0.02 * width ** 0.5)
     return {
-        ".memories.scale": 0, ".beta_0": 1.5, ".beta_1": 1.5, ".alpha": 1 / 3,          # mosaic2
+        ".memories.scale": 0, ".log_beta_0": 1.5, ".log_beta_1": 1.5, ".power": 1 / 3,          # mosaic2
         ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
         ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
         # a convolution of width 4 starts as PyTorch's, U(-1,1)/√4
