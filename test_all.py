@@ -943,6 +943,7 @@ def test_settings_of_memories():
                            (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
                            (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
         assert model.unused_options(config) == unused
+    assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
