@@ -894,7 +894,7 @@ def test_flops_count_the_matrix_products():
     """Exactly, but for attention (not counted on the CPU); the recurrences' formulas within their small change."""
     from torch.utils.flop_counter import FlopCounterMode
     for memory, low, high in (("none", 1, 1), ("rmt", 0.95, 1.2), ("ttt", 0.8, 1.25), ("deltanet", 0.8, 1.25)):
-        net, idx = small(memory, n_embd=64, max_seq_len=256, rmt_segment=64), tokens(rows=1, length=256)
+        net, idx = small(memory, n_embd=64, max_seq_len=256, rmt_segment=64, token_shift=False), tokens(rows=1, length=256)
         with FlopCounterMode(display=False) as counter:
             net(idx)
         attention = sum(b.mixer.flops(256) for b in net.body.blocks) if memory == "none" else 0
@@ -943,6 +943,7 @@ def test_settings_of_memories():
                            (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
                            (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
         assert model.unused_options(config) == unused
+    assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
