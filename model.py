@@ -1231,8 +1231,8 @@ class AdaptiveMemory(ContextualMemory):
         if not self.is_adaptive:
             return queries
         with full_precision(queries):
-            power = n.clamp(1, self.window) ** self.power.abs().clamp(max=1)[:, None]   # n^p  (H,T)
-            beta = self.log_beta_1.clamp(max=10).exp()[:, None] * power + self.log_beta_0.clamp(max=10).exp()[:, None]
+            n_p = n.clamp(1, self.window) ** self.power.abs().clamp(max=1)[:, None]     # n^p  (H,T)
+            beta = self.log_beta_1.clamp(max=10).exp()[:, None] * n_p + self.log_beta_0.clamp(max=10).exp()[:, None]
             return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
