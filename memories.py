@@ -674,6 +674,22 @@ def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.co
 
 
 @kernel
+def _delta_chunk_of(q, k, beta, log_gamma, inverse, P, i_n, T, H: tl.constexpr, DK: tl.constexpr):
+    """What both walks load of chunk i_n of their head: q, k (32, DK), the inverse and P (32, 32), β, log γ (32,), log γ_C."""
+    o_c = tl.arange(0, 32)
+    o_t = i_n * 32 + o_c
+    m_t = o_t < T
+    p_k = o_t[:, None] * (H * DK) + tl.arange(0, DK)[None, :]       # (32, DK)
+    p_C = i_n * 1024 + o_c[:, None] * 32 + o_c[None, :]
+    b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
+    b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
+    b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
+    b_log_gamma = tl.load(log_gamma + i_n * 32 + o_c)
+    b_log_gamma_C = tl.load(log_gamma + i_n * 32 + 31)
+    return b_q, b_k, tl.load(inverse + p_C), tl.load(P + p_C), b_beta, b_log_gamma, b_log_gamma_C
+
+
+@kernel
 def _delta_forward(q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_chunk, S_end, T, n, scale,
                    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SAVE: tl.constexpr, BV: tl.constexpr,
                    PREC: tl.constexpr):
@@ -702,23 +718,16 @@ def _delta_forward(q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_ch
     o_c = tl.arange(0, 32)
     o_k = tl.arange(0, DK)
     o_v = i_v * BV + tl.arange(0, BV)
-    p_C = o_c[:, None] * 32 + o_c[None, :]
     p_S = i_bh * DK * DV + o_v[:, None] + o_k[None, :] * DV         # (BV, DK): Sᵀ
     b_S = tl.load(S_start + p_S)
     for i_n in range(n):
         # everything of the chunk; beyond T are zeros
         o_t = i_n * 32 + o_c
         m_t = o_t < T
-        p_k = o_t[:, None] * (H * DK) + o_k[None, :]                # (32, DK)
         p_v = o_v[:, None] + o_t[None, :] * (H * DV)                # (BV, 32): Vᵀ
-        b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
-        b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
         b_v = tl.load(v + p_v, mask=m_t[None, :], other=0.0)
-        b_inverse = tl.load(inverse + i_n * 1024 + p_C)
-        b_P = tl.load(P + i_n * 1024 + p_C)
-        b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
-        b_log_gamma = tl.load(log_gamma + i_n * 32 + o_c)
-        b_log_gamma_C = tl.load(log_gamma + i_n * 32 + 31)
+        b_q, b_k, b_inverse, b_P, b_beta, b_log_gamma, b_log_gamma_C = _delta_chunk_of(
+            q, k, beta, log_gamma, inverse, P, i_n, T, H, DK)
         b_S_low = b_S.to(b_k.dtype)                                 # S in the precision of the products
         if SAVE and i_n % 2 == 0:
             tl.store(S_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_S_low)
@@ -750,6 +759,7 @@ def _delta_backward(q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk,
     is dSᵀ (BV, DK). It reads q, k, do, inverse and P, and writes dv and the gradient of the state
     at the end of every second chunk. Of the forward pass it needs no activation but inverse and
     P."""
+    # pointers to this head, as in _delta_forward
     i_v = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
@@ -766,7 +776,6 @@ def _delta_backward(q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk,
     o_c = tl.arange(0, 32)
     o_k = tl.arange(0, DK)
     o_v = i_v * BV + tl.arange(0, BV)
-    p_C = o_c[:, None] * 32 + o_c[None, :]
     p_S = i_bh * DK * DV + o_v[:, None] + o_k[None, :] * DV         # (BV, DK): Sᵀ
     b_dS = tl.load(dS_end + p_S)
     for i in range(n):
@@ -774,16 +783,10 @@ def _delta_backward(q, k, do, beta, log_gamma, inverse, P, dS_end, dv, dS_chunk,
         i_n = n - 1 - i
         o_t = i_n * 32 + o_c
         m_t = o_t < T
-        p_k = o_t[:, None] * (H * DK) + o_k[None, :]                # (32, DK)
         p_v = o_v[:, None] + o_t[None, :] * (H * DV)                # (BV, 32): Vᵀ
-        b_k = tl.load(k + p_k, mask=m_t[:, None], other=0.0)
-        b_q = tl.load(q + p_k, mask=m_t[:, None], other=0.0)
         b_do = tl.load(do + p_v, mask=m_t[None, :], other=0.0)
-        b_inverse = tl.load(inverse + i_n * 1024 + p_C)
-        b_P = tl.load(P + i_n * 1024 + p_C)
-        b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
-        b_log_gamma = tl.load(log_gamma + i_n * 32 + o_c)
-        b_log_gamma_C = tl.load(log_gamma + i_n * 32 + 31)
+        b_q, b_k, b_inverse, b_P, b_beta, b_log_gamma, b_log_gamma_C = _delta_chunk_of(
+            q, k, beta, log_gamma, inverse, P, i_n, T, H, DK)
         b_dS_low = b_dS.to(b_k.dtype)                               # dS in the precision of the products
         if i_n % 2 == 1:
             tl.store(dS_chunk + (i_bh * n + i_n) // 2 * (DK * DV) + o_v[:, None] * DK + o_k[None, :], b_dS_low)
@@ -947,6 +950,7 @@ _delta_backward_op = operator(_delta_backward_run, 6)
 
 
 def _delta_save(ctx, inputs, output):
+    """Keeps for the backward pass what it needs of the forward one."""
     q, k, v, log_alpha, beta, S_start, ctx.scale, save = inputs
     o, S_end, *saved = output
     ctx.save_for_backward(q, k, log_alpha, beta, *saved)
@@ -954,6 +958,7 @@ def _delta_save(ctx, inputs, output):
 
 
 def _delta_autograd(ctx, do, dS_end, *unused):
+    """The gradients of the arguments of _delta_forward_run."""
     q, k, log_alpha, beta, error, *saved = ctx.saved_tensors
     B, T, H, DK = q.shape
     do = torch.zeros_like(error) if do is None else do.contiguous()
@@ -1408,6 +1413,7 @@ _ttt_backward_op = operator(_ttt_backward_run, 9)
 
 
 def _ttt_save(ctx, inputs, output):
+    """Keeps for the backward pass what it needs of the forward one."""
     q, k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, save = inputs
     o, W_end, b_end, *saved = output
     ctx.save_for_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, *saved)
@@ -1415,6 +1421,7 @@ def _ttt_save(ctx, inputs, output):
 
 
 def _ttt_autograd(ctx, do, dW_end, db_end, *unused):
+    """The gradients of the arguments of _ttt_forward_run."""
     q = ctx.saved_tensors[0]
     lr = ctx.saved_tensors[3]
     B, T, H, D = q.shape
