@@ -892,8 +892,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     if encoding.n_vocab == 257:
         return np.frombuffer(text.encode(), np.uint8)
 
-    # tiktoken takes minutes for a very long run (no white space, or line ends only): then the whole text is cut into
-    # slices
+    # tiktoken takes minutes for a very long run (no white space, or line ends only): then the whole text is cut
+    # into slices
     longest = max(map(len, text.split()), default=0)
     slices = [text]
     if longest > LONGEST_RUN or "\n" * LONGEST_RUN in text:

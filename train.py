@@ -1112,7 +1112,7 @@ def load_corpus(dataset: str, tokenizer: str):
 
 def fill_in(cfg: RunConfig, corpus) -> RunConfig:
     """cfg with the vocabulary size and sha256 of the corpus. Raises UserError if the corpus is not the one that the
-    settings name."""
+    settings name, or has more tokens than they allow."""
     n = corpus.vocab_size
     if cfg.vocab_size and cfg.vocab_size < n:
         raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give as many")
