@@ -18,9 +18,11 @@ Corpora
                     These are downloaded when they are first used.
     PATH            A text file, or a folder of them. A line <|endoftext|> separates two documents. A .jsonl file
                     (also BabiStories' traindataset.txt and valdataset.txt) has one document a line: a string, or an
-                    object with a string under "text" or "story". If the names of all files begin or end with train or
-                    val, they tell the split. Otherwise a hash of its name sends 5% of the documents to validation. If
-                    there is only one document, its last 5% are for validation.
+                    object with a string under "text" or "story". A .parquet file has one in each entry of its column
+                    "text". A single .bin file is a shard of GPT-2 tokens. The names of the files tell the split only
+                    if every name begins or ends with train or val, and both occur. Otherwise a hash of each
+                    document's key sends 5% of the documents to validation. If there is only one document, its last 5%
+                    are for validation.
 
 Tokenizers (all are tiktoken Encodings)
     gpt2            GPT-2's 50,257 tokens.
@@ -34,8 +36,8 @@ Glossary
     key             the name of a file or a document in its corpus, the same on every machine
     piece           an <|endoftext|>, and behind it a document's text or a stretch of it; a row or less
     row             seq_len + 1 tokens: whole pieces without padding; x = row[:-1] and y = row[1:]
-    length, size    length is that of a text, in tokens, without <|endoftext|>; size is that of a piece, in tokens,
-                    with its <|endoftext|>; the size of anything else is in bytes
+    length          of a text, in tokens, without <|endoftext|>
+    size            of a piece, in tokens, with its <|endoftext|>; of anything else, in bytes
     plan            which pieces make up which row; it depends on the tokens and seq_len only
     epoch           every row of the plan once, in an order that is drawn from (seed, epoch)
 
@@ -108,11 +110,15 @@ TIMEOUT = 30
 
 # a GPT-2 token shard begins with 256 int32; the first three are this number, the version 1, the number of tokens
 SHARD_MAGIC = 20240520
-SHARD_HEADER = 1024
+SHARD_HEADER = 1024         # bytes: 256 int32
+GPT2_EOS = 50256            # GPT-2's <|endoftext|>
 
 FORMAT = 1                  # to be raised when the cache or the BPE training changes what it writes
 BPE_SAMPLE = 24_000_000     # bytes of text that bpe:N is trained on
-LONGEST_RUN = 2048          # tiktoken takes quadratic time for an unbroken run; longer ones are encoded in slices
+
+# A text with a longer run without white space, or of line ends, is encoded in slices of this many characters, since
+# tiktoken takes quadratic time for a run.
+LONGEST_RUN = 2048
 
 # The words that BPE merges within: letters after at most one mark or space, up to 3 digits, marks, line ends, spaces.
 # Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
@@ -386,7 +392,7 @@ def open_shard(path: Path) -> np.ndarray:
 def shard_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the texts in a shard start, and how many tokens each has. The first may continue the shard before."""
     # a text lies between two <|endoftext|>, or between one and an end of the shard
-    bounds = np.concatenate([[-1], np.flatnonzero(tokens == 50256), [len(tokens)]])
+    bounds = np.concatenate([[-1], np.flatnonzero(tokens == GPT2_EOS), [len(tokens)]])
     start = bounds[:-1] + 1
     length = np.diff(bounds) - 1
     return start[length > 0], length[length > 0]
@@ -612,8 +618,8 @@ def python_docs_text() -> Text:
     """The corpus `python-docs`: the language reference behind help("with"), about 80 topics and 465 kB of English.
 
     Each topic is a document. Python keeps them as one dict, topic -> text, in the module pydoc_data.topics. The corpus
-    is small and serves for measuring, so half of the topics are for validation. To train on it makes little sense:
-    a few topics are chapters that repeat others (compound repeats with), also across the split.
+    is small and serves for measuring, so half of the topics are for validation. Training on it makes little sense:
+    some topics repeat others across the split (the topic "compound" contains the topic "with").
     """
     # the module is 0.5 MB of text, so it is imported only here
     try:
@@ -886,7 +892,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     if encoding.n_vocab == 257:
         return np.frombuffer(text.encode(), np.uint8)
 
-    # a run of letters or of line ends that is too long is cut, as tiktoken would take minutes for it
+    # tiktoken takes minutes for a very long run (no white space, or line ends only): then the whole text is cut
+    # into slices
     longest = max(map(len, text.split()), default=0)
     slices = [text]
     if longest > LONGEST_RUN or "\n" * LONGEST_RUN in text:
@@ -902,7 +909,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 #     meta.json               which files the streams are in, their dtype and sha256; it is written last
 
 def tokenize(text: Text, encoding: tiktoken.Encoding, folder: Path, quiet: bool = False) -> dict:
-    """Writes all tokens of a text to train.bin and val.bin, and their documents. Returns the meta."""
+    """Writes the tokens to train.bin and val.bin, and where the documents are to train.npy and val.npy. Returns the
+    meta (prepare adds sha256 and sizes)."""
     survey = text.survey
     dtype = np.dtype("<u2" if encoding.n_vocab <= 65536 else "<u4")
     eos = np.array([encoding.eot_token], dtype)
@@ -932,8 +940,8 @@ def tokenize(text: Text, encoding: tiktoken.Encoding, folder: Path, quiet: bool 
         # a document takes one token more than its text: the <|endoftext|> before it
         length = np.array(lengths[split])
         start = np.cumsum(length + 1) - length
-        with replacing(folder / f"{split}.npy") as file:
-            np.save(file, np.stack([start, length]))
+        with replacing(folder / f"{split}.npy") as output:
+            np.save(output, np.stack([start, length]))
         files[split] = [[f"{split}.bin", 0, int((length + 1).sum())]]
     return dict(files=files, dtype=dtype.str, replaced=[survey.replaced_bytes, survey.replaced_documents])
 
@@ -954,8 +962,8 @@ def index_shards(text: Text, folder: Path) -> dict:
                 # named from this folder, so that the whole cache can be moved
                 path = Path("..", file.path.relative_to(folder.parent))
                 files[split].append([path.as_posix(), SHARD_HEADER, len(tokens)])
-        with replacing(folder / f"{split}.npy") as file:
-            np.save(file, np.concatenate(documents, axis=1))
+        with replacing(folder / f"{split}.npy") as output:
+            np.save(output, np.concatenate(documents, axis=1))
     return dict(files=files, dtype="<u2", replaced=[0, 0])
 
 
@@ -1064,8 +1072,8 @@ def pack(start: np.ndarray, size: np.ndarray, row: int) -> Plan:
         row 2    .p            The pieces have run out. This row is not full, and it is dropped.
     """
     pieces = Pieces()
-    for at, taken in zip(start.tolist(), size.tolist()):
-        pieces.add(at, taken)
+    for text_start, piece_size in zip(start.tolist(), size.tolist()):
+        pieces.add(text_start, piece_size)
 
     first = [0]
     starts = []

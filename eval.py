@@ -2,23 +2,25 @@
 
     python eval.py out/<run> [more runs] [--task=bpb,position,...] [--key=value ...]
 
-Every memory is measured alike, because the model is only asked by `stream`. Each task prints a table
-and writes out/<run>/eval_<task>.json. A picture of several runs goes to the first one's folder.
+Every memory is measured alike: through `stream` (generate calls it for each token; attention also
+asks layer.weights). Each task prints a table and writes out/<run>/eval_<task>.json. A picture of
+several runs goes to the first one's folder.
 
 Tasks
     bpb         bits per byte on the validation rows: the number that training ends with
     position    the same by position in the row, and by position in the document
     extend      bits per byte on rows of up to 16 times the training length. The spans of such a row
-                hold different text: one span of several runs compares, several spans of one do not.
-    copy        bits per byte of what a look-up could have predicted: the last two tokens stood in the
-                row before, followed by this very target. Split by how far back that was.
+                hold different text, so compare one span across runs, never two spans of one run.
+    ood         loss by position on another corpus (Memory Mosaics, figure 10)
+    copy        bits per byte of what a look-up could have predicted: the last two tokens already
+                occurred earlier in the same row, followed by this very target. Split by how far back
+                that was.
     carry       what the carried state is worth: bits per byte when it is thrown away every 16, 32,
                 ... tokens against never; and a picture of the tokens at which it helps
     niah        needle in a haystack: a 6-digit key is hidden at some depth in some length of
                 validation text
-    ood         loss by position on another corpus (Memory Mosaics, figure 10)
-    attention   what the last position attends to, per head, at 1x and 3x the training length (its
-                figures 12, 13, 15). Of knn it is the attention to the window alone.
+    attention   what the last position attends to, per head, at 1x and 3x the training length (Memory
+                Mosaics, figures 12, 13, 15). Of knn it is the attention to the window alone.
     generate    continuations of the beginnings of validation documents. A model of stories gets the
                 24 prompts of Memory Mosaics' table 1, and --prompt is any other text.
     speed       prefill, ms a token, state bytes and peak memory against context length
@@ -30,18 +32,20 @@ Glossary
     sums            nats, bytes and targets, summed by position: a tensor (3,positions), float64
     bucket          neighbouring positions taken together. Nats and bytes are summed before they are
                     divided, bpb = Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
+    span            the tokens of a long row from one end L, 2L, 4L, ... to the next; the first span is
+                    the training length L
     stretch         the tokens that one call of `stream` reads: as many as a row had in training. So
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
     band            the targets whose distance (to what a look-up finds, or to where the state was
-                    thrown away) is in one span. From band to band the spans double, and like
+                    thrown away) is in one range. From band to band the ranges double, and like
                     buckets the bands recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
-    options, opening runs, limits, reading through the state, files and pictures, then a section a
-    task, main
+    options, opening runs, limits, reading through the state, files and pictures, then the tasks in
+    the order above, main
 
 References
     needle in a haystack: Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack
@@ -73,8 +77,8 @@ from torch import Tensor
 from data import UserError, did_you_mean, encode
 from model import GPT, MEMORIES, Attention, Block, ContextualMemory, check_options, option, state_bytes
 from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
-                   fill_in, load_corpus, load_run, parse_value, peak_memory_mib, pick_device, read_flags,
-                   reset_peak_memory, save, save_json)
+                   fill_in, load_corpus, load_run, parse_value, peak_memory_mib, peak_mib, pick_device,
+                   read_flags, reset_peak_memory, save, save_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,8 +289,8 @@ def proc_bytes(path: Path, name: str) -> int:
 
 @contextmanager
 def memory_ceiling(device):
-    """On a CPU Linux kills the process that takes too much memory. Below this ceiling that is an
-    exception instead."""
+    """Limits this process's memory, so that taking too much raises an exception. Otherwise Linux
+    kills the process (on a CPU)."""
     status = Path("/proc/self/status")
     machine = Path("/proc/meminfo")
     if device.type == "cuda" or not (status.exists() and machine.exists()):
@@ -396,8 +400,9 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
     """Bits per byte on validation rows of `length` tokens, `tokens` in all (0 = all there are) ->
     result, sums (3,length) by position in the row.
 
-    A position is the number of tokens read after the first: of the row, or of the target's own
-    document in that row.
+    Position 0 is the target with one token before it, position 1 the one with two, and so on:
+    counted in the row, or in the target's own piece (a document; of a document longer than a row,
+    its part in this row).
     """
     by_row = torch.zeros(3, length, dtype=torch.float64)
     by_document = torch.zeros(3, length, dtype=torch.float64)
@@ -505,8 +510,9 @@ CURVES = {"row": "bpb_by_position", "document": "bpb_by_document_position"}
 
 
 def print_columns(head: list[str], columns: list[dict], totals: list) -> None:
-    """A table of columns, each from a line's name to its number, and their totals. Where a column
-    lacks a line (a run with shorter rows has no later positions), no number is shown."""
+    """Prints a table. columns: one dict a column, from a line's name to its number; totals: the
+    last line. Where a column lacks a line (a run with shorter rows has no later positions), no
+    number is shown."""
     names = dict.fromkeys(itertools.chain(*columns))
     rows = [[name, *(column.get(name) for column in columns)] for name in names]
     print_table(head, [*rows, ["all", *totals]])
@@ -529,7 +535,7 @@ def curve_points(curve: dict, quantity: str, most: int = 32) -> tuple[list, list
     Few documents are long. Where a point has less than 0.1% of the bytes it is noise, and is left
     out.
     """
-    # A point is the sum of so many neighbouring buckets that there are few enough points.
+    # Neighbouring buckets are added up until there are at most `most` points.
     sums = torch.tensor([curve["nats"], curve["bytes"], curve["targets"]], dtype=torch.float64)
     enough = 0.001 * sums[1].sum().item()
     together = math.ceil(sums.size(1) / most)
@@ -564,8 +570,8 @@ def draw_by_position(task: str, runs: list[Run], results: list[dict]) -> None:
 
 
 def task_bpb(runs: list[Run], opts: Options) -> None:
-    """Whole rows, by the function that training uses. `position` gets the same number through the
-    state."""
+    """Whole rows, by the function that training uses. `position` sums the same losses in its own
+    way: its total must agree."""
     results = []
     for run in runs:
         corpus = run.corpus()
@@ -725,8 +731,8 @@ def print_bands(head: list[str], results: list[dict]) -> None:
 def copy_distances(row: list[int]) -> list[int]:
     """How far back a look-up finds each target row[t+1]: a distance in tokens for every t.
 
-    The last two tokens and the target, row[t-1:t+2], stood in the row before, as row[j-1:j+2]. The
-    distance to the latest such place is t - j. It is 0 if there is none.
+    The last two tokens and the target, row[t-1:t+2], occurred earlier in the same row, as
+    row[j-1:j+2]. The distance to the latest such place is t - j. It is 0 if there is none.
     """
     latest = {}
     distances = [0]  # before the first target stands a single token
@@ -739,7 +745,7 @@ def copy_distances(row: list[int]) -> list[int]:
 def measure_copy(run: Run, corpus, tokens: int) -> dict:
     """Bits per byte by the distance to what could be copied. The first band lies inside the window
     W of an S layer; the last one, "other", holds the targets that could not be copied. Bands hold
-    different text: one band of several runs compares, several bands of one do not."""
+    different text, so compare one band across runs, never two bands of one run."""
     T = run.cfg.max_seq_len
     W = min(run.cfg.local_window, T)
     x, y, sha256 = validation_rows(run, corpus, tokens)
@@ -849,13 +855,13 @@ def task_carry(runs: list[Run], opts: Options) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # niah: needle in a haystack
 
-def draw_keys(encoding, needle: str, pairs: int, seed: int) -> tuple[list, list, Tensor]:
+def random_keys(encoding, needle: str, pairs: int, seed: int) -> tuple[list, list, Tensor]:
     """-> the tokens before and after the key, and keys (2·pairs,n) of equally many tokens"""
     before, _, after = needle.partition("{key}")
     space = " " if before.endswith(" ") else ""  # a space belongs to the token that follows it
     before = before.removesuffix(" ")
 
-    # Six digits can be several numbers of tokens; the most common number is taken.
+    # Six digits take a varying number of tokens; keys of the most common number are kept.
     draws = np.random.default_rng(seed).choice(900_000, 40 * pairs, replace=False) + 100_000
     keys = [encode(encoding, f"{space}{number}").tolist() for number in draws]
     n = Counter(map(len, keys)).most_common(1)[0][0]
@@ -880,7 +886,7 @@ def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tens
     """How well `answer` (rows,n) continues a text that was read to `state`, its last logits being
     (rows,1,V) -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
     as 0 or 1; float64."""
-    after = [logits for _, logits, _ in read(run, answer[:, :-1], state)]
+    after = [more for _, more, _ in read(run, answer[:, :-1], state)]
     log_p = torch.cat([logits, *after], 1).log_softmax(-1)                              # (rows,n,V)
     target = answer.to(log_p.device)
     log_p_answer = log_p.gather(-1, target[..., None]).double().sum((1, 2))
@@ -902,7 +908,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
     """One length and one depth. Keys come in pairs: both are hidden in the same text, each is the
     other's wrong key, and their margins are averaged. So a model that remembers nothing has a
     margin of 0, whichever number it prefers."""
-    before, after, keys = draw_keys(corpus.encoding, opts.needle, opts.pairs, opts.seed)
+    before, after, keys = random_keys(corpus.encoding, opts.needle, opts.pairs, opts.seed)
     cell = dict(length=length, depth=depth)
     if length < 2 * (len(before) + keys.size(1)) + len(after) + 1:
         return dict(cell, limit="needle does not fit")
@@ -1023,7 +1029,7 @@ def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# attention: what the last position looks at (figures 12, 13 and 15)
+# attention: what the last position looks at (Memory Mosaics, figures 12, 13, 15)
 
 RECENT = 16  # tokens that count as recent
 
@@ -1036,14 +1042,14 @@ def attention_layers(run: Run) -> list[tuple[int, torch.nn.Module]]:
 
 
 def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
-    """layer -> where the last position of the rows x (B,T) looks, summed over the rows: (H,1+T),
-    column 0 what has no position, column 1+t token t. All tokens but the last are read, then that
-    one alone, while a hook looks at what every attention layer is given."""
+    """layer -> (H,1+T), summed over the rows x (B,T): how much the last position attends to slots
+    and memory tokens (column 0) and to token t (column 1+t). The last token is read alone, while
+    hooks see each attention layer's input."""
     T = x.size(1)
     out = {}
 
-    def look(i, layer, given):
-        memory, tokens = layer.weights(*given)
+    def look(i, mixer, given):
+        memory, tokens = mixer.weights(*given)
         tokens = F.pad(tokens[:, :, -1], (T - tokens.size(-1), 0))  # tokens out of the window get 0
         out[i] = torch.cat([memory[:, :, -1:], tokens], -1).sum(0).cpu()
 
@@ -1070,24 +1076,24 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
         n += len(x)
 
     # means
-    profiles = []
+    found = []
     mixers = dict(attention_layers(run))
     for i, shares in total.items():
         decay = None
         if isinstance(mixers[i], ContextualMemory):
             decay = mixers[i].key.decay().detach().cpu()    # λ (H,)
-        profiles.append(dict(layer=i, length=length, sequences=n, decay=decay,
-                             memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
-    return profiles
+        found.append(dict(layer=i, length=length, sequences=n, decay=decay,
+                          memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
+    return found
 
 
-def attention_row(found: dict) -> list:
+def attention_row(layer: dict) -> list:
     """A layer's line in the table: means over its heads."""
     decays = None
-    if found["decay"] is not None:
-        decays = f"{found['decay'].min():.3f} {found['decay'].max():.3f}"
-    profile = found["profile"].mean(0)
-    return [found["layer"], found["length"], found["memory"].mean().item(), profile[0].item(),
+    if layer["decay"] is not None:
+        decays = f"{layer['decay'].min():.3f} {layer['decay'].max():.3f}"
+    profile = layer["profile"].mean(0)
+    return [layer["layer"], layer["length"], layer["memory"].mean().item(), profile[0].item(),
             profile[-RECENT:].sum().item(), decays]
 
 
@@ -1115,7 +1121,7 @@ def task_attention(runs: list[Run], opts: Options) -> None:
             print(f"{run.label}: share of the last position's attention, mean of heads and {n} rows")
             head = ["layer", "tokens", "memory", "first token", f"last {RECENT} tokens",
                     "decay λ, least and most"]
-            print_table(head, [attention_row(f) for f in found])
+            print_table(head, [attention_row(layer) for layer in found])
             draw_attention(run, found)
 
 
@@ -1124,49 +1130,50 @@ def draw_attention(run: Run, found: list[dict]) -> None:
     recent attention."""
     import analyze
     # Four layers spread over the depth
-    layers = sorted({f["layer"] for f in found})
-    layers = sorted({layers[round(i * (len(layers) - 1) / 3)] for i in range(4)})
-    lengths = sorted({f["length"] for f in found})
-    mosaic = any(f["decay"] is not None for f in found)
-    rows = len(layers)
+    shown = sorted({layer["layer"] for layer in found})
+    shown = sorted({shown[round(i * (len(shown) - 1) / 3)] for i in range(4)})
+    lengths = sorted({layer["length"] for layer in found})
+    mosaic = any(layer["decay"] is not None for layer in found)
+    rows = len(shown)
     cols = len(lengths)
     if mosaic:
         cols += 1
     figure, axes = analyze.panels(rows, cols, (1 + 3.8 * cols, 0.6 + 2.6 * rows))
 
-    for f in found:
-        if f["layer"] not in layers:
+    for layer in found:
+        if layer["layer"] not in shown:
             continue
-        row = axes[layers.index(f["layer"])]
-        column = lengths.index(f["length"])
-        colours = draw_profile(row[column], f, trained=f["length"] == run.cfg.max_seq_len)
+        row = axes[shown.index(layer["layer"])]
+        column = lengths.index(layer["length"])
+        trained = layer["length"] == run.cfg.max_seq_len
+        colours = draw_profile(row[column], layer, trained)
         if column == 0:
-            columns = 2 if f["decay"] is None else 4
+            columns = 2 if layer["decay"] is None else 4
             row[0].legend(fontsize=7, frameon=False, ncols=columns, loc="upper left")
-        if column == 0 and f["decay"] is not None:
-            draw_recent(row[-1], f, colours)
-        if mosaic and f["decay"] is None:
+        if column == 0 and layer["decay"] is not None:
+            draw_recent(row[-1], layer, colours)
+        if mosaic and layer["decay"] is None:
             row[-1].set_visible(False)  # a hybrid's layers of attention have no λ
     figure.suptitle(f"{run.label}: attention of the last position (dotted: all tokens alike)",
                     fontsize=11)
     save_picture(run, "attention", figure)
 
 
-def draw_profile(ax, found: dict, trained: bool) -> list:
+def draw_profile(ax, layer: dict, trained: bool) -> list:
     """Attention against the position attended to, a curve a head -> the heads' colours."""
     from matplotlib import colormaps
-    heads, T = found["profile"].shape
-    has_decay = found["decay"] is not None
-    shades = found["decay"] if has_decay else torch.arange(heads) / heads
+    heads, T = layer["profile"].shape
+    has_decay = layer["decay"] is not None
+    shades = layer["decay"] if has_decay else torch.arange(heads) / heads
     colours = [colormaps["viridis"](0.9 * shade) for shade in shades.tolist()]
 
     # Neighbouring positions are averaged for the eye. What is out of the window gets no point.
     width = max(1, T // 96)
-    shown = found["profile"][:, T % width:].view(heads, -1, width).mean(-1)
+    shown = layer["profile"][:, T % width:].view(heads, -1, width).mean(-1)
     shown[shown == 0] = math.nan
     middle = T % width + (torch.arange(shown.size(1)) + 0.5) * width
     for head in range(heads):
-        memory = found["memory"][head].item()
+        memory = layer["memory"][head].item()
         label = f"λ = {shades[head]:.2f}" if has_decay else f"head {head}"
         if memory > 0:
             label += f", memory {memory:.0%}"
@@ -1174,7 +1181,7 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
 
     # the level of a head that looks at all tokens alike
     ax.axhline(1 / T, color="black", lw=1, ls=":")
-    title = f"layer {found['layer']}, {T:,} tokens"
+    title = f"layer {layer['layer']}, {T:,} tokens"
     if trained:
         title += " (trained)"
     ax.set(yscale="log", xlim=(0, T), ylim=(0.01 / T, 1), xlabel="position attended to (tokens)",
@@ -1182,11 +1189,11 @@ def draw_profile(ax, found: dict, trained: bool) -> list:
     return colours
 
 
-def draw_recent(ax, found: dict, colours: list) -> None:
-    """What share of a head's attention is recent, against its decay λ, the paper's leaky
-    coefficient (figure 15)."""
-    recent = found["profile"][:, -RECENT:].sum(-1)
-    ax.scatter(found["decay"], recent, c=colours, s=45)
+def draw_recent(ax, layer: dict, colours: list) -> None:
+    """What share of a head's attention is recent, against its decay λ, the leaky coefficient of
+    Memory Mosaics (figure 15)."""
+    recent = layer["profile"][:, -RECENT:].sum(-1)
+    ax.scatter(layer["decay"], recent, c=colours, s=45)
     ax.set(xlabel="decay λ of a head", ylabel=f"last {RECENT} tokens (share)",
            xlim=(-0.02, 1.02), ylim=(0, 1))
 
@@ -1194,7 +1201,7 @@ def draw_recent(ax, found: dict, colours: list) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # generate
 
-# 24 prompts, separated by | and wrapped
+# The 24 prompts of Memory Mosaics' table 1, separated by | and wrapped
 TABLE_1 = """Alice was so tired when she got back home so she went | Jack and Lily saw a rainbow
 after a rainy day. They were amazed by the colors. Jack said, “Look, Lily. A rainbow has | Jack and
 Lily liked to watch the moon at night. They noticed that the moon changed its shape every night.
@@ -1236,12 +1243,8 @@ def document_beginnings(corpus, documents: int = 8, tokens: int = 120, lines: in
     """The first lines of the first validation documents: of each at most so many tokens and lines,
     and no more than half of it, so that there is something to continue."""
     texts = []
-    bases = corpus.bases["val"]
     for start, length in corpus.documents["val"].T.tolist():
-        # The split's tokens lie in several parts; a document lies in one of them.
-        part = int(np.searchsorted(bases, start, "right")) - 1
-        first = start - bases[part]
-        beginning = corpus.parts["val"][part][first:first + min(tokens, length // 2)]
+        beginning = corpus.read("val", start, min(tokens, length // 2))
         text = corpus.encoding.decode(beginning.tolist(), errors="ignore")  # a character may be cut
 
         text = "\n".join(text.strip().splitlines()[:lines])
@@ -1347,8 +1350,9 @@ def median_ms(run: Run, token: Tensor, state) -> float:
 
 
 def speed_of(run: Run, opts: Options) -> dict:
-    """One sequence of random tokens, read up to L, 2L, 4L, ... From each length a few tokens are
-    read one by one. They are forgotten again, because the state they started from is unchanged."""
+    """Reads one sequence of random tokens up to L (the training length), 2L, 4L, ... From each
+    length some tokens are read one by one; the long state is unchanged by that, so reading goes on
+    from it."""
     # one row of L tokens, which is read again and again
     device = pick_device(run.cfg)
     L = min(run.cfg.max_seq_len, opts.context)
@@ -1364,7 +1368,7 @@ def speed_of(run: Run, opts: Options) -> dict:
         read_to_end(run, tokens)  # the very first call also pays for setting up
         free_memory(device)
         reset_peak_memory(device)
-        for doublings in range((opts.context // L).bit_length()):
+        for doublings in range((opts.context // L).bit_length()):  # every L·2^doublings up to opts.context
             # read on to the next length; only reading is timed
             while context < L * 2**doublings:
                 began = clock(device)
@@ -1420,7 +1424,7 @@ def speed_rows(label: str, result: dict) -> list[list]:
     """A model's lines in the table."""
     rows = []
     for point in result["points"]:
-        peak = point.get("peak_vram_mib") or point.get("peak_rss_mib")
+        peak = peak_mib(point)
         rows.append([label, f"{point['context']:,}", f"{point['prefill_tokens_per_second']:,.0f}",
                      point.get("ms_per_token"), f"{point['state_bytes']:,}",
                      f"{peak:,.0f}" if peak else None])
@@ -1482,10 +1486,10 @@ TASKS = {
     "bpb": task_bpb,
     "position": task_position,
     "extend": task_extend,
-    "niah": task_niah,
     "ood": task_ood,
     "copy": task_copy,
     "carry": task_carry,
+    "niah": task_niah,
     "attention": task_attention,
     "generate": task_generate,
     "speed": task_speed,

@@ -2392,12 +2392,12 @@ def test_eval_niah():
         (hay, *_), = corpus.eval_batches(100, 1, 100)
         for tokenizer in ("byte", "bpe:300"):
             encoding = data.load("text.txt", tokenizer, quiet=True).encoding
-            before, after, keys = measuring.draw_keys(encoding, "Key is {key}!", 4, 1)
+            before, after, keys = measuring.random_keys(encoding, "Key is {key}!", 4, 1)
             texts = [encoding.decode(k) for k in keys.tolist()]
             assert len(set(texts)) == 8 and all(t[0] == " " and t[1:].isdigit() and len(t) == 7 for t in texts)
             assert encoding.decode(before) == "Key is" and encoding.decode(after) == "!"
-            assert not torch.equal(keys, measuring.draw_keys(encoding, "Key is {key}!", 4, 2)[2])
-        before, after, keys = measuring.draw_keys(corpus.encoding, "Key is {key}!", 1, 1)
+            assert not torch.equal(keys, measuring.random_keys(encoding, "Key is {key}!", 4, 2)[2])
+        before, after, keys = measuring.random_keys(corpus.encoding, "Key is {key}!", 1, 1)
         needle, places = "Key is" + corpus.encoding.decode(keys[0].tolist()) + "!", []
         for depth in (0, 0.5, 1):
             prompt = measuring.hide(hay[0], depth, before, after, keys[0])

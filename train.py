@@ -14,12 +14,13 @@ Glossary
     rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
     bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes
     MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
-    job                a function from a configuration to measurements: `train` here, three more in toys.py
+    job                a function from a configuration to measurements: `train` here, three more in toys.py (not
+                       toys.py's flag --jobs, which is the number of worker processes)
 
 Reading order
     settings           FitConfig, RunConfig, the presets
-    the loop           fit, and the steps it is made of: update, accumulate, the learning rate
-    what it is made of optimizers, checkpoints, signals and progress, processes and devices
+    the loop           fit, and its parts: update, accumulate, the learning rate
+    beneath the loop   optimizers, checkpoints, signals and progress, processes and devices
     measuring          bits per byte, memory, parameters, a sample, the loss curve
     flags and runs     the command line -> configurations -> run_all -> one result.json a run
     train, main        the job of this script, and its command line
@@ -67,7 +68,7 @@ from data import UserError, did_you_mean, disk, replacing
 from model import GPT, PRESETS, Config, check_options, option, state_bytes, unused_options
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings
+# Settings. In this file cfg is a FitConfig or a RunConfig, and config is a model.Config.
 
 BETA1 = 0.9      # AdamW's decay of the mean gradient
 MOMENTUM = 0.95  # Muon's, in Nesterov's form
@@ -163,7 +164,7 @@ TRAINING = {
 
 
 def checked(kind: type, **settings):
-    """kind(**settings). What the configuration refuses is the user's to change: a UserError."""
+    """kind(**settings), with a ValueError turned into a UserError: the settings are the user's to change."""
     try:
         return kind(**settings)
     except ValueError as e:
@@ -384,9 +385,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
             for params in same_shape.values():
-                self.update(params, group["lr"], group["momentum"], group["weight_decay"])
+                self.update_same_shape(params, group["lr"], group["momentum"], group["weight_decay"])
 
-    def update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def update_same_shape(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         """The update of matrices of one shape."""
         for p in params:
             if not self.state[p]:
@@ -463,7 +464,7 @@ def find_checkpoint(out: Path) -> dict | None:
 
 
 def check_same_settings(old: dict, cfg, where: Path) -> None:
-    """Refuses to take up a run, or its result, with settings that would make it another one."""
+    """Raises UserError if the settings are not those of the run (or result) that would be continued."""
     # How a run is executed may change. What the corpus fills in may not be known yet.
     free = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
     free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name, None)}
@@ -696,8 +697,9 @@ def evaluate_bpb(model: GPT, corpus, cfg: RunConfig, bucket: int = 64) -> dict:
         logits = model.stream(x)[0]
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
-    # Compiled with the loss in it, neither float32 logits nor the state need be written to memory. The last batch can
-    # be smaller: it gets a graph of its own, because one for all sizes would be slower for the rest of the run.
+    # Compiled together with the loss, the model need not write its float32 logits or its state to memory. The last
+    # batch can be smaller: it gets a graph of its own, because one for all sizes would be slower for the rest of the
+    # run.
     if compiles(cfg):
         nats_of = torch.compile(nats_of, dynamic=False)
 
@@ -742,7 +744,7 @@ def bits_per_byte(nats: float, size: float) -> float | None:
     return nats / (math.log(2) * size) if size else None
 
 
-# Dense bf16 products in FLOP/s, from the data sheets; the first name that is part of the GPU's counts.
+# Dense bf16 products in FLOP/s, from the data sheets; the first entry whose name is part of the GPU's name applies.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L40": 181e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
 
@@ -757,7 +759,8 @@ def peak_flops(cfg) -> float:
 
 
 def reset_peak_memory(device) -> None:
-    """A sweep's runs share the process; each is to have its own peak (on a CPU only Linux can do that)."""
+    """Resets the peak, so that each run of a sweep has its own (on a CPU only under Linux, where writing 5 to
+    clear_refs does it)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -778,12 +781,12 @@ def peak_memory_mib(device) -> dict:
 
 
 def peak_mib(result: dict) -> float | None:
-    """Of the two that a result holds, the GPU's peak if it used one, else the process's."""
+    """The GPU's peak if a result has one, else the process's."""
     return result.get("peak_vram_mib") or result.get("peak_rss_mib")
 
 
 def count_params(config: Config) -> int:
-    """Parameters of a model, which is not built for it."""
+    """The number of parameters of a model with this config; nothing is allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(config).parameters())
 
@@ -910,8 +913,8 @@ def sweep_points(kind: type, flags: dict[str, str]) -> list[dict]:
 # result.json repeats at its top), and for its name name_begins() and usual() (what goes without saying).
 
 def changes(cfg) -> list[str]:
-    """The settings that make a run another one than usual, such as ["lr=0.01"]; neither its seed nor what its name
-    begins with."""
+    """The settings in which a run differs from usual(), such as ["lr=0.01"], without the seed and what its name begins
+    with."""
     usual = cfg.usual()
     begins = cfg.name_begins()
     found = []
@@ -1108,7 +1111,8 @@ def load_corpus(dataset: str, tokenizer: str):
 
 
 def fill_in(cfg: RunConfig, corpus) -> RunConfig:
-    """The settings that come from the corpus. Raises UserError if the corpus is not the one that the settings name."""
+    """cfg with the vocabulary size and sha256 of the corpus. Raises UserError if the corpus is not the one that the
+    settings name, or has more tokens than they allow."""
     n = corpus.vocab_size
     if cfg.vocab_size and cfg.vocab_size < n:
         raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give as many")
@@ -1180,7 +1184,7 @@ def print_summary(m: dict, cfg: RunConfig) -> None:
     where = " of GPU memory" if m["peak_vram_mib"] else ""
     print()
     print(f"  validation        {m['val_bpb']:.4f} bits per byte ({m['val_loss']:.4f} nats a token)")
-    print(f"  parameters        {m['total_params']:,}, of them {m['memory_params']:+,} against memory=none")
+    print(f"  parameters        {m['total_params']:,} ({m['memory_params']:+,} against memory=none)")
     print(f"  training FLOPs    {m['flops_per_token']:,.0f} a token, {total_flops:.3g} in all")
     print(f"  state             {m['state_bytes']:,} bytes after {cfg.max_seq_len} tokens of one sequence")
     print(f"  speed             {m['tokens_per_second']:,.0f} tokens/s in a median step; {m['total_time_min']:.1f} "
@@ -1265,7 +1269,8 @@ def main(argv: list[str] | None = None) -> int:
             start_processes(configs[0])
         results, diverged = run_all(configs, train, headline)
         if len(configs) > 1 and results:
-            # A column for each setting that was swept, but the seeds stand together, and `condition` tells the others.
+            # One column for each swept setting, except seed (averaged over) and those that the condition's name
+            # already shows.
             in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
             swept = []
             for f in fields(RunConfig):
@@ -1280,7 +1285,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"\n{text}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
         status = 128 + number
     except UserError as e:
-        # Rank 0 mostly says the same, and torchrun then ends this process; if not, it is an error of this rank alone.
+        # Usually every rank fails alike: wait, so that rank 0 prints and torchrun ends this process. If it has not,
+        # the error is this rank's own.
         if rank() > 0:
             time.sleep(10)
         print(f"error: {e}", file=sys.stderr)
