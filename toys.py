@@ -181,8 +181,8 @@ class Length(Toy):
     model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
                         "(without erasing)", "toy")
-    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far. For capacity and mqar it is 64 to 256, and "
-                    "tests go twice as far. 0 = 64, for these two 256", "toy", low=0)
+    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far. For capacity and mqar it is 64 to 256, "
+                    "and tests go twice as far. 0 = 64, for these two 256", "toy", low=0)
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
