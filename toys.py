@@ -856,7 +856,7 @@ def parameter_count(model: GPT) -> int:
 
 
 def length_job(cfg: Length) -> dict:
-    """Trains one model -> what `measure_length` measures, and `parameters`, their number."""
+    """Trains one model -> what `measure_length` measures, and `parameters`, how many it has."""
     trained, _ = cfg.lengths()
 
     def batch_fn(step):
@@ -1208,7 +1208,7 @@ def shuffled(cfg: RegBench) -> tuple[Tensor, ...]:
 
 
 def regbench_job(cfg: RegBench) -> dict:
-    """Trains one model -> its scores (see `total`) on three test sets, and `parameters`, their number.
+    """Trains one model -> its scores (see `total`) on three test sets, and `parameters`, how many it has.
 
     ood is the test set proper: automata that were never trained on. valid, of yet other automata, chooses between
     variants. iid are fresh strings of training automata.
