@@ -70,14 +70,15 @@ COSTS = {
 
 # These say where and how a run was executed, not what was trained. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens", "seeds", "jobs"}
-# A setting that begins with the name of one of these memories is read by that memory alone; see `owner`.
+# A setting that begins with the name of one of these memories is read by that memory alone; see `owner`. One exception:
+# mosaic2 reads mosaic_slots when mosaic2_mlp is off, so `relevant` counts mosaic's settings as mosaic2's too.
 OWNERS = {"persistent", "rmt", "ttt", "knn", "mosaic", "mosaic2", "deltanet"}
 
 
 class UserError(Exception):
     """Bad input by the user. main prints it as one line, "error: ...", and exits with status 2.
 
-    data.py has its own, since it imports torch.
+    data.py has a UserError of its own: this file can't take that one, because data.py imports torch.
     """
 
 
@@ -89,7 +90,8 @@ WINDOWED = ("floor", "local")  # the baseline from below, by preference
 USUAL_WINDOW = "SSSL"
 # These memories replace a layer's attention or have their own window, so they don't follow the pattern.
 NO_PATTERN = {"ttt", "deltanet", "knn", "mosaic", "mosaic2"}
-# Okabe and Ito's colours: colour-blind readers can tell them apart. Markers do the same in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then a grey, a dark red, an indigo and a brown.
+# Markers tell conditions apart in black and white.
 LOOKS = {
     "floor": dict(color="#000000", marker="d"),
     "local": dict(color="#000000", marker="o"),
@@ -177,7 +179,7 @@ def look(name: str) -> dict:
 
 
 def distinct_looks(names: list[str]) -> list[dict]:
-    """The look of each name, and a line style: names of one colour have a different one each time."""
+    """The look of each name, with a line style: up to four names with the same `base_name` have different ones."""
     drawn = Counter()
     looks = []
     for name in names:
@@ -287,7 +289,7 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
 # Which memory can do what? One picture, from the result files of toys.py.
 
 STATE_BUDGET = 32 * 1024  # bytes, for the comparison of capacities
-# How far a number is from guessing (0) to perfect (1): name of the level, where it begins, colours of cell and text.
+# Levels on the way from guessing (0) to perfect (1): name, where the level begins, colours of cell and text.
 LEVELS = (
     ("solved", 0.9, "#0072B2", "white"),
     ("partly", 0.3, "#9CCBE6", "black"),
@@ -298,8 +300,8 @@ LEVELS = (
 def pairs_held(result: dict) -> tuple[float, float]:
     """Of capacity and mqar: up to how many pairs are 90% of the answers right, and how many bytes has the state there?
 
-    N pairs are asked for in 4N tokens. Between the numbers of pairs that were tested it goes in
-    straight lines, from an accuracy of 1 with 0 pairs on.
+    N pairs are asked for in 4N tokens. Between the numbers of pairs that were tested, accuracy is
+    interpolated linearly; with 0 pairs it is 1.
     """
     tested = [length / 4 for length in result["lengths"]]
     held = tested[-1]
@@ -312,11 +314,9 @@ def pairs_held(result: dict) -> tuple[float, float]:
 
 def pairs_in_budget(result: dict) -> float:
     """How many pairs are held by a state of at most STATE_BUDGET bytes."""
-    held, size = pairs_held(result)
-    if size <= STATE_BUDGET:
-        return held
+    held, _ = pairs_held(result)
     tested = [length / 4 for length in result["lengths"]]
-    return float(np.interp(STATE_BUDGET, result["state_bytes"], tested, left=0))
+    return min(held, float(np.interp(STATE_BUDGET, result["state_bytes"], tested, left=0)))
 
 
 @dataclass
@@ -328,6 +328,9 @@ class Ability:
     perfect: float
 
 
+# accuracy[2] is that at 4T, the third of the lengths T, 2T, 4T and 8T; accuracy[-1] that at 8T. All 64 pairs are half of
+# the keys of capacity, as many as the longest training sequence holds. In a new language about half of the guesses are
+# right if the most frequent symbol so far is guessed.
 ABILITIES = {
     "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
     "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
@@ -530,7 +533,7 @@ def read_run(path: Path) -> RunRecord | None:
             raise ValueError("holds none of memory, mechanism, val_bpb")
         return None
 
-    # these have another name in memory-bench's schema, or may be missing
+    # memory-bench has other names for memory and log; everything but the memory may be missing
     memory = content.get("memory", content.get("mechanism"))
     config = content.get("config") or {}
     T = content.get("max_seq_len", 2048)
@@ -549,7 +552,7 @@ def read_run(path: Path) -> RunRecord | None:
     expect("log", log, list)
 
     settings = read_settings(content)
-    # inside a cell the whole config has to agree, and these: the data, and what was built and trained
+    # besides the config, these have to agree inside a cell: the data, and what was built and trained
     agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step".split()
     # the device may differ, see EXECUTION; it is read for the report, since the config may say no more than "auto"
     recorded = {key: content[key] for key in (*agree, "device") if key in content}
@@ -719,7 +722,7 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
             repeats.append(f"seed {run.seed} of {label}, T={run.T}: {kept.path} is kept, {run.path} is left out "
                            f"(these two runs of one seed differ by {apart:.2f} mBPB)")
 
-    # the two baselines come first, then the memories in the order of their names
+    # floor, local and global come first, then all others in the order of their names
     def place(cell: Cell) -> tuple:
         rank = {"floor": 0, "local": 1, "global": 2}.get(cell.base, 3)
         return cell.study, cell.T, rank, cell.label
@@ -838,12 +841,12 @@ def detectable(diffs) -> float:
     n = len(diffs)
     limit = stats.t.ppf(0.975, n - 1)
 
-    def missing(shift: float) -> float:
+    def excess_power(shift: float) -> float:
         power = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
         return power - 0.8
 
     # beyond 10 scipy's noncentral t is not reliable; n = 3, the fewest seeds, needs 5.7
-    shift = optimize.brentq(missing, 0.0, 8.0)
+    shift = optimize.brentq(excess_power, 0.0, 8.0)
     return float(shift * np.std(diffs, ddof=1) / math.sqrt(n))
 
 
@@ -933,13 +936,13 @@ def split_correlation(G, D) -> float:
     return float(np.mean(correlations))
 
 
-def gain_deficit(windowed, memory, full) -> tuple[float, list, float]:
+def gain_deficit(windowed, memory, ceiling) -> tuple[float, list, float]:
     """r of G and D (means over the seeds), its values for noise alone, and r of split seeds.
 
-    windowed, memory, full: bpb by position of the windowed baseline, the memory and global, (n,P) each.
+    windowed, memory, ceiling: bpb by position of the windowed baseline, the memory and global, (n,P) each.
     """
     G = np.subtract(windowed, memory)
-    D = np.subtract(windowed, full)
+    D = np.subtract(windowed, ceiling)
     return corr(G.mean(0), D.mean(0)), noise_correlations(G, D), split_correlation(G, D)
 
 
@@ -948,11 +951,7 @@ def pareto(points) -> list[int]:
     def beats(a, b) -> bool:
         return a[0] <= b[0] and a[1] <= b[1] and tuple(a) != tuple(b)
 
-    best = []
-    for i, point in enumerate(points):
-        if not any(beats(other, point) for other in points):
-            best.append(i)
-    return best
+    return [i for i, point in enumerate(points) if not any(beats(other, point) for other in points)]
 
 
 def log_curve(run: RunRecord, cost: str) -> tuple[np.ndarray, np.ndarray]:
@@ -964,11 +963,8 @@ def log_curve(run: RunRecord, cost: str) -> tuple[np.ndarray, np.ndarray]:
         counted = "seconds"
         cost_of_one = 1 / 60
 
-    points = []
-    for entry in run.log:
-        if finite(entry.get(counted)) and entry[counted] * cost_of_one > 0:
-            points.append((entry[counted] * cost_of_one, entry["val_bpb"]))
-    points = np.array(sorted(points)).reshape(-1, 2)
+    points = [(entry[counted] * cost_of_one, entry["val_bpb"]) for entry in run.log if finite(entry.get(counted))]
+    points = np.array(sorted(point for point in points if point[0] > 0)).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
@@ -1014,6 +1010,14 @@ def lengths_of(cells) -> list[int]:
     return sorted({c.T for c in cells})
 
 
+def mean_and_spread(cell: Cell, digits: int) -> str:
+    """The mean bpb of a cell ± the standard deviation over its seeds, which needs two of them."""
+    text = f"{cell.mean():.{digits}f}"
+    if len(cell.runs) > 1:
+        text += f" ± {np.std(list(cell.bpb().values()), ddof=1):.{digits}f}"
+    return text
+
+
 def score_table(cells) -> str:
     """The score of each condition beside what it costs.
 
@@ -1026,16 +1030,11 @@ def score_table(cells) -> str:
             "tokens/s", "minutes", "peak MiB"]
     rows = []
     for c in cells:
-        # the standard deviation over seeds needs two of them
-        bpb = f"{c.mean():.5f}"
-        if len(c.runs) > 1:
-            bpb += f" ± {np.std(list(c.bpb().values()), ddof=1):.5f}"
-
         costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
         minutes = c.costs("minutes")
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
-        rows.append([c.T, c.label, len(c.runs), bpb, *costs.values()])
+        rows.append([c.T, c.label, len(c.runs), mean_and_spread(c, digits=5), *costs.values()])
     return table(head, rows, left=2)
 
 
@@ -1089,7 +1088,7 @@ def other_differences(comparison: Comparison) -> list[str]:
     return [key for key in different if key not in own and not owner(key)]
 
 
-def mechanism_table(cells) -> str:
+def difference_table(cells) -> str:
     """Every paired difference with its two tests. All tests of one kind are one family for Holm's correction."""
     family = comparisons(cells)
     adjusted_t = holm([pairs.p_t for _, _, pairs in family])
@@ -1098,11 +1097,11 @@ def mechanism_table(cells) -> str:
     rows = []
     notes = {}
     for i, comparison in enumerate(family):
-        cell, against, p = comparison
+        cell, against, pairs = comparison
         # what could have been seen is worth telling where nothing was
-        smallest = f"{1000 * detectable(p.diffs):.1f}" if p.lo <= 0 <= p.hi else None
-        rows.append([cell.T, cell.label, against.label, len(p.seeds), interval(p.mean, p.lo, p.hi), smallest,
-                     show_p(p.p_t, adjusted_t[i]), show_p(p.p_flip, adjusted_flip[i])])
+        smallest = f"{1000 * detectable(pairs.diffs):.1f}" if pairs.lo <= 0 <= pairs.hi else None
+        rows.append([cell.T, cell.label, against.label, len(pairs.seeds), interval(pairs.mean, pairs.lo, pairs.hi),
+                     smallest, show_p(pairs.p_t, adjusted_t[i]), show_p(pairs.p_flip, adjusted_flip[i])])
         different = other_differences(comparison)
         if different:
             # a dict, since lines of several T may be the same
@@ -1122,7 +1121,7 @@ class PositionCurves(NamedTuple):
     positions: list
     windowed: np.ndarray
     memory: np.ndarray
-    full: np.ndarray
+    ceiling: np.ndarray
 
 
 def measured_on(run: RunRecord) -> tuple[list, list]:
@@ -1135,13 +1134,16 @@ def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
     return np.array([list(cell.runs[seed].curve.values()) for seed in seeds])
 
 
-def ends(cell: Cell, cells: list[Cell]) -> tuple[Cell | None, Cell | None]:
-    """The two baselines that a condition lies between, windowed and global; None, None if it lacks one or is one."""
-    windowed = baseline(cell, cells, *WINDOWED)
-    full = baseline(cell, cells, "global")
-    if windowed is None or full is None or cell is windowed or cell is full:
-        return None, None
-    return windowed, full
+def between_baselines(cells) -> Iterator[tuple[Cell, Cell, Cell, list]]:
+    """Every condition that has both baselines and is neither: windowed, the condition, global, the seeds of all three."""
+    for c in cells:
+        windowed = baseline(c, cells, *WINDOWED)
+        ceiling = baseline(c, cells, "global")
+        if windowed is None or ceiling is None or c is windowed or c is ceiling:
+            continue
+        shared = sorted(windowed.runs.keys() & c.runs.keys() & ceiling.runs.keys())
+        if shared:
+            yield windowed, c, ceiling, shared
 
 
 def position_curves(cells) -> Iterator[PositionCurves]:
@@ -1149,18 +1151,14 @@ def position_curves(cells) -> Iterator[PositionCurves]:
 
     Curves compare only if they were measured on the same tokens: a seed whose three curves were not is left out.
     """
-    for c in cells:
-        windowed, full = ends(c, cells)
-        if windowed is None:
-            continue
-        shared = sorted(windowed.runs.keys() & c.runs.keys() & full.runs.keys())
+    for windowed, c, ceiling, shared in between_baselines(cells):
         measured = [measured_on(windowed.runs[seed]) for seed in shared if windowed.runs[seed].curve]
         if not measured:
             continue
 
         # the first seed that has a curve says where all have to be measured
         first = measured[0]
-        trio = (windowed, c, full)
+        trio = (windowed, c, ceiling)
         seeds = [seed for seed in shared if all(measured_on(cell.runs[seed]) == first for cell in trio)]
         if seeds:
             positions, _ = first
@@ -1190,21 +1188,17 @@ class WonBack(NamedTuple):
     """What a condition wins back of what the window costs, over the seeds that it and both baselines have."""
     cell: Cell
     windowed: Cell
-    full: Cell
+    ceiling: Cell
     gain: Paired              # windowed - condition, in bpb
     deficit: Paired           # windowed - global
 
 
 def won_back(cells) -> Iterator[WonBack]:
     """The gain of every condition between a windowed and a global baseline, wherever they share seeds."""
-    for c in cells:
-        windowed, full = ends(c, cells)
-        if windowed is None:
-            continue
-        shared = windowed.runs.keys() & c.runs.keys() & full.runs.keys()
-        if shared:
-            low, here, high = [{seed: cell.runs[seed].bpb for seed in shared} for cell in (windowed, c, full)]
-            yield WonBack(c, windowed, full, paired(low, here), paired(low, high))
+    for windowed, c, ceiling, shared in between_baselines(cells):
+        of_windowed, of_memory, of_global = [{seed: cell.runs[seed].bpb for seed in shared}
+                                             for cell in (windowed, c, ceiling)]
+        yield WonBack(c, windowed, ceiling, paired(of_windowed, of_memory), paired(of_windowed, of_global))
 
 
 def closure_text(G, D) -> str:
@@ -1220,16 +1214,19 @@ def won_back_table(cells) -> str:
     """Gain and closure of every condition: over all positions, and in bands that double."""
     curves = {id(found.cell): found for found in position_curves(cells)}
     rows = []
-    for c, windowed, full, gain, deficit in won_back(cells):
+    for c, windowed, ceiling, gain, deficit in won_back(cells):
         row = [c.T, c.label, len(gain.seeds), interval(gain.mean, gain.lo, gain.hi), closure_text(gain.diffs, deficit.diffs)]
         # a band begins at 0, T/8, T/4 and T/2; a bucket belongs to the band that it begins in
         begins = [0, c.T / 8, c.T / 4, c.T / 2, c.T]
         for begin, end in itertools.pairwise(begins):
             text = None
             if id(c) in curves:
-                _, positions, low, here, high = curves[id(c)]
+                _, positions, of_windowed, of_memory, of_global = curves[id(c)]
                 inside = [begin <= position < end for position in positions]
-                text = closure_text((low - here)[:, inside].sum(1), (low - high)[:, inside].sum(1)) if any(inside) else None
+                if any(inside):
+                    G = (of_windowed - of_memory)[:, inside].sum(1)
+                    D = (of_windowed - of_global)[:, inside].sum(1)
+                    text = closure_text(G, D)
             row.append(text)
         rows.append(row)
     head = ["T", "condition", "n", "gain mBPB [95% CI]", "closure [95% CI]", "in 0–T/8", "in T/8–T/4", "in T/4–T/2",
@@ -1246,11 +1243,9 @@ def length_table(cells) -> str:
     deficits = {}
     closures = {}
     for c in cells:
-        seeds = list(c.bpb().values())
-        spread = f" ± {np.std(seeds, ddof=1):.4f}" if len(seeds) > 1 else ""
-        scores.setdefault(c.label, {})[c.T] = f"{c.mean():.4f}{spread}"
-    for c, windowed, full, gain, deficit in won_back(cells):
-        name = f"deficit: {windowed.label} − {full.label}, mBPB"
+        scores.setdefault(c.label, {})[c.T] = mean_and_spread(c, digits=4)
+    for c, windowed, ceiling, gain, deficit in won_back(cells):
+        name = f"deficit: {windowed.label} − {ceiling.label}, mBPB"
         deficits.setdefault(name, {})[c.T] = interval(deficit.mean, deficit.lo, deficit.hi)
         closures.setdefault(f"closure of {c.label}", {})[c.T] = closure_text(gain.diffs, deficit.diffs)
 
@@ -1263,16 +1258,16 @@ def length_table(cells) -> str:
 def position_table(cells) -> str:
     """Deficit, gain and their correlation over positions, for every condition."""
     rows = []
-    for c, positions, windowed, memory, full in position_curves(cells):
+    for c, positions, windowed, memory, ceiling in position_curves(cells):
         n = len(windowed)
         if n < MIN_SEEDS:
             rows.append([c.T, c.label, n, NOT_ENOUGH, None, None, None, None])
             continue
 
         # means over positions, one for each seed
-        D = (windowed - full).mean(1)
+        D = (windowed - ceiling).mean(1)
         G = (windowed - memory).mean(1)
-        r, noise, split = gain_deficit(windowed, memory, full)
+        r, noise, split = gain_deficit(windowed, memory, ceiling)
         rows.append([
             c.T, c.label, n,
             interval(*t_interval(D)),
@@ -1351,8 +1346,8 @@ def matched_rows(cells, cost: str) -> list[list]:
         row = [c.T, f"{human(budget)} {cost_name}", c.label, len(values), bpb_there, None, None]
         against = baseline(c, logged, *WINDOWED, "global")
         if against is not None and against is not c:
-            p = paired(values, there[against.label])
-            row[-2:] = [against.label, interval(p.mean, p.lo, p.hi)]
+            pairs = paired(values, there[against.label])
+            row[-2:] = [against.label, interval(pairs.mean, pairs.lo, pairs.hi)]
         rows.append(row)
     return rows
 
@@ -1376,15 +1371,15 @@ def reach(values) -> float:
     return min(largest, 5 * typical) if typical > 0 else largest
 
 
-def draw_difference(ax, y: float, cell: Cell, pairs: Paired, far: float, ends: tuple) -> None:
+def draw_difference(ax, y: float, cell: Cell, pairs: Paired, far: float, limits: tuple) -> None:
     """One row of figure_differences: mean, interval and seeds; an arrow if the mean lies beyond `far`.
 
-    far, and ends, where the axis begins and ends, are in mBPB.
+    far, and limits, where the axis begins and ends, are in mBPB.
     """
     style = look(cell.label)
     mean = 1000 * float(np.mean(pairs.diffs))
     if abs(mean) > far:
-        left, right = ends
+        left, right = limits
         if mean > 0:
             ax.text(right, y, f"{mean:+.1f} →", color=style["color"], weight="bold", ha="right", va="center")
         else:
@@ -1417,7 +1412,7 @@ def figure_differences(cells):
     for _, _, pairs in shown:
         if abs(np.mean(pairs.diffs)) * 1000 <= far:
             drawn += [1000 * x for x in (*pairs.diffs, pairs.lo, pairs.hi)]
-    ends = float(np.nanmin(drawn)), float(np.nanmax(drawn))
+    limits = float(np.nanmin(drawn)), float(np.nanmax(drawn))
 
     # a panel is as high as it has rows
     rows_of = Counter(cell.T for cell, _, _ in shown)
@@ -1428,7 +1423,7 @@ def figure_differences(cells):
         usual = here[0].against.label
         names = []
         for y, (cell, against, pairs) in enumerate(here):
-            draw_difference(ax, y, cell, pairs, far, ends)
+            draw_difference(ax, y, cell, pairs, far, limits)
             name = f"{cell.label}, n={len(pairs.seeds)}"
             if against.label != usual:
                 name += f"\nagainst {against.label}"
@@ -1447,6 +1442,14 @@ def draw_seeds_and_mean(ax, x, curves, label: str, color: str, linestyle: str) -
     ax.plot(x, curves.mean(0), color=color, linestyle=linestyle, lw=1.6, label=label)
 
 
+def draw_condition(ax, cell: Cell, x: float, y: float, hollow: set):
+    """The large marker of a condition, hollow if its label is in `hollow`; returns what a legend shows for it."""
+    style = look(cell.label)
+    fill = "white" if cell.label in hollow else style["color"]
+    [handle] = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+    return handle
+
+
 def figure_won_back(cells):
     """bpb against the size of the state, between the two baselines, with a panel for each length."""
     found = [won for won in won_back(cells) if won.cell.costs("state_bytes")]
@@ -1459,19 +1462,17 @@ def figure_won_back(cells):
     for ax, T in zip(axes[0], lengths):
         here = [won for won in found if won.cell.T == T]
         windowed = here[0].windowed
-        full = here[0].full
-        for cell in (windowed, full):
+        for cell in (windowed, here[0].ceiling):
             ax.axhline(cell.mean(), color=look(cell.label)["color"], lw=1.2, zorder=0)
             ax.annotate(cell.label, (1, cell.mean()), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         for won in here:
             # the mean and its interval are those of the difference, paired by seed, below the baseline's line
-            style = look(won.cell.label)
-            fill = "white" if won.cell.label in hollow else style["color"]
             x = float(np.median(won.cell.costs("state_bytes")))
             y = windowed.mean() - float(np.mean(won.gain.diffs))
-            handles[won.cell.label], = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
+            handles[won.cell.label] = draw_condition(ax, won.cell, x, y, hollow)
             if not math.isnan(won.gain.mean):
-                ax.plot([x, x], windowed.mean() - np.array([won.gain.lo, won.gain.hi]), color=style["color"], lw=1.2)
+                ax.plot([x, x], windowed.mean() - np.array([won.gain.lo, won.gain.hi]),
+                        color=look(won.cell.label)["color"], lw=1.2)
         ax.set(title=f"T = {T}", xscale="log", xlabel=COSTS["state_bytes"])
         ax.xaxis.set_major_formatter(human)
     axes[0, 0].set_ylabel("validation bpb (bits per byte)")
@@ -1498,8 +1499,8 @@ def figure_position(cells):
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
 
-    for ax, (c, positions, windowed, memory, full) in zip(axes.flat, found):
-        deficit = 1000 * (windowed - full)
+    for ax, (c, positions, windowed, memory, ceiling) in zip(axes.flat, found):
+        deficit = 1000 * (windowed - ceiling)
         gain = 1000 * (windowed - memory)
         # a bucket is drawn at its middle; the last one ends at T
         middles = np.add(positions, np.diff(positions, append=c.T) / 2)
@@ -1537,10 +1538,8 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
             seen += seeds
         else:
             title.append(f"↑ {c.label} {y:.3f}")
-        style = look(c.label)
-        fill = "white" if c.label in hollow else style["color"]
-        [handles[c.label]] = ax.plot(x, y, **style, linestyle="none", mfc=fill, ms=9, alpha=0.9)
-        ax.plot([x] * len(seeds), seeds, **style, linestyle="none", ms=4, alpha=0.5, mew=0)
+        handles[c.label] = draw_condition(ax, c, x, y, hollow)
+        ax.plot([x] * len(seeds), seeds, **look(c.label), linestyle="none", ms=4, alpha=0.5, mew=0)
 
     # the frontier goes down in steps: what a budget between two points buys is the cheaper point
     best = np.array([f.points[i] for i in f.best])
@@ -1648,7 +1647,7 @@ than a run that was planned for this budget would.
 """
 SECTIONS = (
     Section("Scores and costs", SCORES, score_table, None, ""),
-    Section("Differences, paired by seed", DIFFERENCES, mechanism_table, figure_differences, "differences"),
+    Section("Differences, paired by seed", DIFFERENCES, difference_table, figure_differences, "differences"),
     Section("What each memory wins back", WON_BACK, won_back_table, figure_won_back, "won_back"),
     Section("Training lengths", LENGTHS, length_table, None, ""),
     Section("Position", POSITION, position_table, figure_position, "position"),

@@ -1,6 +1,6 @@
 r"""Toys that show what the memories do: minutes on a laptop, with pictures.
 
-    python toys.py                                  some of each, small: what was seen beside what the papers say
+    python toys.py                                  five toys, small: what was seen beside what the papers say
     python toys.py moons --seeds=20                 three moons (Memory Mosaics, section 3): figures 4, 5 and 6
     python toys.py recall --model=floor,deltanet    or brackets, copy, repeat: train short, test up to 8x longer
     python toys.py parity,s3 --seeds=5              or s5, state tracking: the product of all permutations so far
@@ -9,8 +9,9 @@ r"""Toys that show what the memories do: minutes on a laptop, with pictures.
     python toys.py moons --help                     a toy's flags; commas make a grid, --seeds=N runs seeds 1 to N
 
 Each trained model leaves out/toys/<toy>/<run>/result.json as soon as it is measured, where <toy> is moons, regbench or
-length (all others). The same command skips the runs that are there, so an interrupted command goes on. The figures are
-PNG files in out/toys/; abilities.png shows all results there at once. Every model is trained by train.fit.
+length (the nine tasks from brackets to mqar). The same command skips the runs that are there, so an interrupted command
+goes on. The figures are PNG files in out/toys/; abilities.png shows all results there at once. Every model is trained
+by train.fit.
 
 More commands
     what each change to the moons' recipe buys, and the paper's own recipe (as far as it is known)
@@ -29,7 +30,8 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     tokens from an answer's place back to what it closes, copies or looks up; of products, to the start
+    distance     tokens back to what an answer closes, copies or looks up: of brackets and copy from where the answer
+                 will stand, else from where it is asked for; of parity, s3 and s5 back to the first token
     variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on
@@ -52,10 +54,10 @@ import math
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -66,6 +68,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import analyze
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
 from train import (FitConfig, changes, check_diverged, checked, fit, pick_device, read_flags, run_all, run_name, save,
@@ -76,12 +79,16 @@ from train import (FitConfig, changes, check_diverged, checked, fit, pick_device
 
 @dataclass
 class Toy(FitConfig):
-    """What all toys share, beside the settings of the training loop. `toy` is the folder of the results."""
+    """What all toys share, beside the settings of the training loop.
+
+    `toy` is the folder of the results; `begins` names the settings whose bare values begin a run's name.
+    """
     compile: str = option("false", "torch.compile; auto = on CUDA under Linux", "run", ("auto", "true", "false"))
     seeds: int = option(1, "how many seeds: 1, 2, … N", "run", low=1)
     jobs: int = option(0, "models trained side by side, one thread each; 0 = one a core, on a GPU one", "run", low=0)
     out_dir: str = option("out/toys", "where results and figures go", "run")
     toy = ""
+    begins = ()
 
     @property
     def name(self) -> str:
@@ -94,16 +101,25 @@ class Toy(FitConfig):
         return Path(self.out_dir, self.toy, self.name)
 
     def usual(self):
-        """The configuration whose settings go without saying in a run's name: all but its beginning are defaults."""
+        """The configuration whose settings go without saying in a run's name: defaults, except what begins the name."""
         return type(self)(**self.name_begins())
+
+    def name_begins(self) -> dict:
+        """The settings whose bare values begin a run's name."""
+        return {name: getattr(self, name) for name in self.begins}
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call it."""
+        return self.model
 
     def identity(self) -> dict:
         """What result.json repeats at its top."""
         return dict(toy=self.toy, name=self.name, seed=self.seed)
 
 
-# What works best for the moons depends on the number of heads. With one head the length of a key depends on the
-# whole configuration, so that keys are mistaken for each other; such a network has to learn more slowly.
+# What works best for the moons depends on the number of heads. With one head the length of a key depends on
+# where all three moons stand, so that keys are mistaken for each other; such a network has to learn more slowly.
 RECIPES = {
     1: dict(lr=0.015, sharpen=2.0, skip=128),
     3: dict(lr=0.03, sharpen=1.2, skip=100),
@@ -121,7 +137,7 @@ class Moons(Toy):
     """
     heads: int = option(3, "3 heads of 2 real dimensions, or 1 of 6", "toy", (1, 3))
     T: int = option(256, "observations in a training sequence", "toy", low=16)
-    periods: str = option("random", "random: whole numbers, log-uniform; published: the paper's eight triples", "toy",
+    periods: str = option("random", "random: whole numbers; published: the paper's eight triples", "toy",
                           ("random", "published"))
     beta: float = option(50.0, "inverse temperature of the memories", "toy")
     sharpen: float = option(-1.0, "keys end e^sharpen times as long, so the kernel narrows; -1 = 1.2, one head 2",
@@ -138,6 +154,7 @@ class Moons(Toy):
     warmdown: float = option(1.0, "the share of the steps that decays, linearly", "optimisation", low=0, high=1)
     weight_decay: float = option(0.0, "decoupled weight decay", "optimisation", low=0)
     toy = "moons"
+    begins = ("heads",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,10 +167,6 @@ class Moons(Toy):
             self.skip = recipe["skip"]
         if self.skip >= self.T - 2:
             raise ValueError(f"skip={self.skip} leaves no observation of T={self.T} to learn from; give less")
-
-    def name_begins(self) -> dict:
-        """The settings whose bare values begin a run's name."""
-        return dict(heads=self.heads)
 
     @property
     def title(self) -> str:
@@ -168,7 +181,8 @@ class Length(Toy):
     model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
                         "(without erasing)", "toy")
-    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far; 0 = 64, of pairs 256", "toy", low=0)
+    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far. For capacity and mqar it is 64 to 256, "
+                    "and tests go twice as far. 0 = 64, for these two 256", "toy", low=0)
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
@@ -177,9 +191,11 @@ class Length(Toy):
     token_shift: bool = option(False, "every block first adds to a token a mixture of the three before it", "toy")
     test_rows: int = option(64, "test sequences at each length", "toy", low=1)
     lr: float = option(6e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
-    steps: int = option(0, "updates of the weights; 0 = 400, of products and pairs 1000", "optimisation", low=0)
-    batch_size: int = option(0, "sequences in a step; 0 = 32, of products 64", "optimisation", low=0)
+    steps: int = option(0, "updates of the weights; 0 = 400; parity, s3, s5, capacity and mqar: 1000", "optimisation",
+                        low=0)
+    batch_size: int = option(0, "sequences in a step; 0 = 32; parity, s3 and s5: 64", "optimisation", low=0)
     toy = "length"
+    begins = ("task", "model")
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,7 +204,7 @@ class Length(Toy):
         self.T = self.T or TASKS[self.task].T
         self.steps = self.steps or TASKS[self.task].steps
         self.batch_size = self.batch_size or TASKS[self.task].batch_size
-        low, high = (64, 2 * KEYS) if self.task in PAIRS else (32, math.inf)
+        low, high = TASKS[self.task].limits
         if not low <= self.T <= high:
             raise ValueError(f"T={self.T} was given, {self.task} needs {low} to {high}")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
@@ -208,16 +224,9 @@ class Length(Toy):
     def lengths(self) -> tuple[list[int], list[int]]:
         """The lengths of training sequences, which take turns, and of test sequences."""
         task = TASKS[self.task]
-        return [int(self.T * share) for share in task.trained], [int(self.T * share) for share in task.tested]
-
-    def name_begins(self) -> dict:
-        """The settings whose bare values begin a run's name."""
-        return dict(task=self.task, model=self.model)
-
-    @property
-    def title(self) -> str:
-        """What tables and figures call it."""
-        return self.model
+        trained = [int(self.T * share) for share in task.train_shares]
+        tested = [int(self.T * share) for share in task.test_shares]
+        return trained, tested
 
 
 @dataclass
@@ -232,6 +241,7 @@ class RegBench(Toy):
     n_head: int = option(4, "heads", "toy", low=1)
     test_automata: int = option(200, "sequences in each of the three test sets", "toy", low=1)
     toy = "regbench"
+    begins = ("model", "automata")
 
     def __post_init__(self):
         super().__post_init__()
@@ -245,15 +255,6 @@ class RegBench(Toy):
         settings.update(REGBENCH_MODELS[self.model])
         return Config(**settings)
 
-    def name_begins(self) -> dict:
-        """The settings whose bare values begin a run's name."""
-        return dict(model=self.model, automata=self.automata)
-
-    @property
-    def title(self) -> str:
-        """What tables and figures call it."""
-        return self.model
-
 
 def check_known(name: str, value: str, known) -> None:
     """Raises ValueError for a value that is not among the known ones."""
@@ -263,7 +264,8 @@ def check_known(name: str, value: str, known) -> None:
 
 
 # Names of models -> settings of their Config: attention to compare with, then every memory. The names of the length
-# toys are the conditions of analyze.py, so that a model has one name and one colour everywhere.
+# toys begin with conditions of analyze.py, so that a model has one name and one colour everywhere. In regbench "none"
+# is a transformer without positions.
 LENGTH_MODELS = {"floor": dict(window="S"), "global": dict(window="L"), "rmt-0": dict(memory="rmt", rmt_tokens=0)}
 REGBENCH_MODELS = {"rope": dict(pos="rope"), "learned": dict(pos="learned"), "none": dict(pos="none")}
 DELTANETS = {"deltanet-beta2": dict(memory="deltanet", delta_beta=2),
@@ -317,14 +319,8 @@ def grouped(kind: type, results: list[dict]) -> tuple[list[Variant], str]:
 
 
 def average(runs: list[dict], *path: str) -> float:
-    """The mean over seeds of a number in the results, such as average(runs, "ood", "tvd")."""
-    values = []
-    for run in runs:
-        value = run
-        for key in path:
-            value = value[key]
-        values.append(value)
-    return mean(values)
+    """The mean of a number that all of these hold, such as average(runs, "ood", "tvd")."""
+    return mean(reduce(getitem, path, run) for run in runs)
 
 
 def best_of(variants: list[Variant], key: Callable, score: Callable) -> dict:
@@ -348,7 +344,6 @@ def draw_with_range(ax, x: list, values: list, name: str, look: dict) -> None:
 
 def save_figure(figure, path: Path) -> None:
     """Writes the figure and says where."""
-    import analyze
     save(path, analyze.picture(figure))
     say(f"drawn: {path}")
 
@@ -420,29 +415,29 @@ class MoonsNet(nn.Module):
         return cost[:, int(skipped[0]):].mean()
 
     @torch.no_grad()
-    def rollout_error(self, x: Tensor, contexts: list[int], horizon: int = HORIZON) -> Tensor:
-        """How far the predicted future is from the true one, after each number n of observations in `contexts`.
+    def rollout_error(self, x: Tensor, contexts: list[int]) -> Tensor:
+        """How far the predicted future is from the true one, after each number of observations in `contexts`.
 
-        It is the mean absolute deviation over sequences, `horizon` steps and 6 real coordinates. Predictions are fed
-        back as inputs. The memory keeps the n - 1 pairs that n observations make; no prediction is stored.
+        It is the mean absolute deviation over sequences, HORIZON steps and 6 real coordinates. Predictions are fed back
+        as inputs. The memory keeps the pairs that the observations make, one less than these; no prediction is stored.
         """
         phi, psi, _ = self.matrices()
         keys = self.heads(x @ phi.T)
         values = self.heads(x[:, 1:] @ psi.T)
         errors = []
         # 16 contexts at once: the mask gives each its own pairs.
-        for n in torch.tensor(contexts).split(16):
-            pairs = int(n.max()) - 1
-            known = torch.arange(pairs) < n[:, None] - 1             # (16,pairs)
-            now = x[:, n - 1]                                        # (B,16,3), the last observation of each context
-            error = torch.zeros(len(n))
-            for step in range(horizon):
+        for seen in torch.tensor(contexts).split(16):
+            pairs = int(seen.max()) - 1
+            known = torch.arange(pairs) < seen[:, None] - 1          # (16,pairs)
+            now = x[:, seen - 1]                                     # (B,16,3), the last observation of each context
+            error = torch.zeros(len(seen))
+            for step in range(HORIZON):
                 query = self.heads(now @ phi.T)
                 y = F.scaled_dot_product_attention(query, keys[:, :, :pairs], values[:, :, :pairs], attn_mask=known,
                                                    scale=self.cfg.beta)
                 now = self.predict(y)
-                wrong = torch.view_as_real(now - x[:, n + step])     # (B,16,3,2)
-                error = error + wrong.abs().mean((0, 2, 3)) / horizon
+                wrong = torch.view_as_real(now - x[:, seen + step])  # (B,16,3,2)
+                error = error + wrong.abs().mean((0, 2, 3)) / HORIZON
             errors.append(error)
         return torch.cat(errors)
 
@@ -517,11 +512,9 @@ def disentangled(phi: Tensor, psi: Tensor, z: Tensor) -> tuple[bool, float]:
 
 def stairs_of(contexts: list[int], error: list[float], periods: list[float]) -> list[float]:
     """The mean error before the first period's end, from each period's end to the next, and after the last."""
-    stairs = []
-    for begin, end in itertools.pairwise([0, *periods, LONG]):
-        # The error falls within two observations of a period's end: these belong to neither step.
-        stairs.append(mean(e for n, e in zip(contexts, error) if begin + 2 <= n <= end))
-    return stairs
+    # The error falls within two observations of a period's end: these belong to neither step.
+    return [mean(e for n, e in zip(contexts, error) if begin + 2 <= n <= end)
+            for begin, end in itertools.pairwise([0, *periods, LONG])]
 
 
 def moons_job(cfg: Moons) -> dict:
@@ -532,14 +525,11 @@ def moons_job(cfg: Moons) -> dict:
         matrices               W_φ, W_ψ, W_z (3,3,2): real and imaginary parts
         disentangled           does each head own one moon, and (smallest_share) how much of it? See `disentangled`.
         converged              is the error below 0.05 once the network has seen what it needs?
-        final_loss, train_cpu_seconds
     """
     net = MoonsNet(cfg)
-    start = time.process_time()
-    history = fit(net, lambda step: moons_batch(step, cfg), cfg)
-    train_seconds = time.process_time() - start
+    fit(net, lambda step: moons_batch(step, cfg), cfg)
 
-    # The narrow kernel is folded into the keys: β is the paper's again.
+    # The growth of the keys becomes a part of W_φ, so that from here on nothing has to know of it.
     net.cpu()
     with torch.no_grad():
         net.phi *= math.exp(cfg.sharpen)
@@ -555,19 +545,12 @@ def moons_job(cfg: Moons) -> dict:
     apart, smallest_share = disentangled(*net.matrices())
     return dict(contexts=contexts, error=error, periods=periods, stairs=stairs, smallest_share=smallest_share,
                 disentangled=apart and cfg.heads == 3, converged=stairs[accurate_from] < 0.05,
-                matrices=[torch.view_as_real(m).tolist() for m in net.matrices()], final_loss=history[-1]["loss"],
-                train_cpu_seconds=train_seconds)
-
-
-def moons_headline(result: dict) -> str:
-    """The main numbers of a run."""
-    return f"error {result['stairs'][3]:.3f} before the lcm, {result['stairs'][4]:.3f} after"
+                matrices=[torch.view_as_real(m).tolist() for m in net.matrices()])
 
 
 def report_moons(results: list[dict], out: Path) -> list[list[str]]:
     """Prints the table and draws the figures -> rows for the last table: experiment, what the paper says, what was
     seen."""
-    import analyze
     variants, shared = grouped(Moons, results)
     rows = []
     seen = []
@@ -589,7 +572,8 @@ def report_moons(results: list[dict], out: Path) -> list[list[str]]:
         rows.append([variant.name, *(f"{s:.3f}" for s in stairs), converged, apart, f"{slowest:.0f}"])
 
     say(f"\nThree moons{shared}: mean absolute error of {HORIZON} steps, median over seeds, by the observations in "
-        "memory\n")
+        "memory: before the end of the first, second and third period (P1, P2, P3), then before and after their least "
+        "common multiple (lcm); most cpu s = CPU seconds of the slowest seed\n")
     say(analyze.table(["network", "< P1", "< P2", "< P3", "< lcm", "> lcm", "error < .05", "disentangled",
                        "most cpu s"], rows))
     plot_moons(variants, out)
@@ -601,7 +585,6 @@ def report_moons(results: list[dict], out: Path) -> list[list[str]]:
 
 def plot_moons(variants: list[Variant], out: Path) -> None:
     """moons.png: every seed's error against the context, the first in bold."""
-    import analyze
     figure, axes = analyze.panels(len(variants), 1, (9, 3.2 * len(variants)), sharex=True, sharey=True)
     colour = analyze.look("mosaic")["color"]  # the network is a small mosaic
     for ax, variant in zip(axes[:, 0], variants):
@@ -623,7 +606,6 @@ def plot_moons(variants: list[Variant], out: Path) -> None:
 
 def plot_matrices(variant: Variant, out: Path) -> None:
     """moons-matrices.png: the sizes of the weights of one network with three heads."""
-    import analyze
     run = variant.runs[0]
     figure, axes = analyze.panels(1, 3, (8.5, 3.4))
     figure.suptitle(f"{variant.name}, seed {run['seed']}")
@@ -717,7 +699,7 @@ def repeat(rng: random.Random, T: int) -> tuple[list, list, list]:
     x = []
     y = []
     distance = []
-    last = {}  # where each element stood last
+    latest = {}  # where each element stood last
     for t in range(T):
         is_new = True
         if t > 0:
@@ -726,8 +708,8 @@ def repeat(rng: random.Random, T: int) -> tuple[list, list, list]:
         element = unused.pop() if is_new else x[t - back]
         x.append(element)
         y.append(0 if is_new else 1)
-        distance.append(0 if is_new else t - last[element])
-        last[element] = t
+        distance.append(0 if is_new else t - latest[element])
+        latest[element] = t
     return x, y, distance
 
 
@@ -738,29 +720,25 @@ def recall(rng: random.Random, T: int) -> tuple[list, list, list]:
         x   a=7  b=3  a?   a=5  b?   a?       distance of the last answer: 2
         y             7         3    5
     """
-    x = []
-    y = []
-    distance = []
+    steps = []    # token, answer, distance
     written = {}  # key -> the value last written to it, and where that was
     for t in range(T):
         key = rng.randrange(16)
         if key in written and rng.random() < 0.5:
             value, then = written[key]
-            x.append(8 + key)
-            y.append(value)
-            distance.append(t - then)
+            steps.append((8 + key, value, t - then))
         else:
             value = rng.randrange(8)
             written[key] = value, t
-            x.append(24 + 8 * key + value)
-            y.append(-1)
-            distance.append(0)
-    return x, y, distance
+            steps.append((24 + 8 * key + value, -1, 0))
+    return tuple(map(list, zip(*steps)))
 
 
 def product(rng: random.Random, T: int, n: int) -> tuple[list, list, list]:
-    """The product of all permutations of n things so far. Each has a number, its place in alphabetical order: of two
-    things 0 leaves them and 1 swaps them, so that the product is the parity of the bits.
+    """Tokens are permutations of n things; the answer at every token is the product of all so far.
+
+    A permutation's token is its place in alphabetical order. Of two things, 0 leaves them where they are and 1 swaps
+    them, so that the product is the parity of the bits:
 
         x   0  1  1  0  1  1
         y   0  1  0  0  1  0                  distance of the last answer: 5, back to the first token
@@ -768,14 +746,12 @@ def product(rng: random.Random, T: int, n: int) -> tuple[list, list, list]:
     permutations = list(itertools.permutations(range(n)))
     number = {permutation: i for i, permutation in enumerate(permutations)}
     so_far = permutations[0]
-    x = []
-    y = []
-    for _ in range(T):
+    steps = []    # token, answer, distance
+    for t in range(T):
         new = rng.choice(permutations)
         so_far = tuple(new[place] for place in so_far)      # what stood at `place` now stands at new[place]
-        x.append(number[new])
-        y.append(number[so_far])
-    return x, y, list(range(T))
+        steps.append((number[new], number[so_far], t))
+    return tuple(map(list, zip(*steps)))
 
 
 KEYS = 128   # of capacity and mqar
@@ -808,21 +784,38 @@ def pairs(rng: random.Random, T: int, split: bool) -> tuple[list, list, list]:
     return x, y, distance
 
 
+def far_text(runs: list[dict]) -> str | None:
+    """The mean accuracy of far answers; None if there are none."""
+    return None if runs[0]["far_accuracy"] is None else f"{average(runs, 'far_accuracy'):.3f}"
+
+
+def held_text(runs: list[dict]) -> str:
+    """The mean number of pairs that are held."""
+    return f"{mean(analyze.pairs_held(run)[0] for run in runs):.0f}"
+
+
 class Task(NamedTuple):
-    """A task, and how models are trained for it."""
+    """A task, how models are trained for it, and what is told of them."""
     draw: Callable            # (rng, T) -> x, y, distance
     vocabulary: int
     said: str = "a memory keeps its accuracy, attention loses it sooner"    # by the papers
     T: int = 64
+    limits: tuple = (32, math.inf)    # of T
     steps: int = 400
     batch_size: int = 32
-    trained: tuple = (1,)     # lengths in units of T, which take turns
-    tested: tuple = (1, 2, 4, 8)
+    train_shares: tuple = (1,)        # the lengths of training sequences in units of T, which take turns
+    test_shares: tuple = (1, 2, 4, 8)
+    summary: Callable = far_text      # a variant's runs -> one number, the column of the table that `column` heads
+    column: str = "far"
+    meaning: str = "in the longest sequences, answers two windows back or more"
 
 
 PAIRS = ("capacity", "mqar")
-BY_PRODUCT = dict(steps=1000, batch_size=64, trained=(1 / 4, 1 / 2, 1))
-BY_PAIRS = dict(T=256, steps=1000, trained=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), tested=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2))
+BY_PRODUCT = dict(steps=1000, batch_size=64, train_shares=(1 / 4, 1 / 2, 1))
+BY_PAIRS = dict(T=256, limits=(64, 2 * KEYS), steps=1000, train_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),
+                test_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), summary=held_text, column="held",
+                meaning="pairs, 4 tokens each, with 90% right answers; of a model's variants of one width the best on "
+                        "the first seed is shown")
 TASKS = {
     "brackets": Task(brackets, 17),
     "copy": Task(copy, 18),
@@ -850,63 +843,59 @@ def share_right(right: Tensor, asked: Tensor) -> float:
     return (right & asked).sum().item() / max(1, asked.sum().item())
 
 
-def length_job(cfg: Length) -> dict:
-    """Trains one model -> what `measure_length` measures, `parameters` (their number) and `train_cpu_seconds`."""
+def trained_model(cfg: Length | RegBench, batch_fn: Callable) -> GPT:
+    """A model of this configuration, trained and ready to be measured. batch_fn: step -> x, y."""
     model = GPT(cfg.architecture())
-    start = time.process_time()
+    fit(model, batch_fn, cfg)
+    return model.eval()
+
+
+def parameter_count(model: GPT) -> int:
+    """How many numbers training changes."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def length_job(cfg: Length) -> dict:
+    """Trains one model -> what `measure_length` measures, and `parameters`, how many it has."""
+    trained, _ = cfg.lengths()
 
     def batch_fn(step):
-        lengths, _ = cfg.lengths()
-        x, y, _ = length_batch(cfg.task, cfg.batch_size, lengths[step % len(lengths)], cfg.seed, step + 1)
+        x, y, _ = length_batch(cfg.task, cfg.batch_size, trained[step % len(trained)], cfg.seed, step + 1)
         return x, y
 
-    fit(model, batch_fn, cfg)
-    train_seconds = time.process_time() - start
-    model.eval()
-    measurements = measure_length(model, cfg)
-    measurements.update(parameters=sum(p.numel() for p in model.parameters()), train_cpu_seconds=train_seconds)
-    return measurements
-
-
-class Answers(NamedTuple):
-    """What a model answers on test sequences of one length T: (rows,T) each."""
-    right: Tensor     # bool: is the likeliest token the answer?
-    asked: Tensor     # bool: is anything asked here?
-    distance: Tensor  # int64, see the glossary
-    state_bytes: int  # what the model keeps of one of the sequences
-
-
-def answers(model: GPT, cfg: Length, T: int) -> Answers:
-    """The model's answers on the test sequences of length T."""
-    device = pick_device(cfg)
-    x, y, distance = length_batch(cfg.task, cfg.test_rows, T, 0, 0)
-    guesses = []
-    for rows in x.split(32):
-        logits, _ = model.stream(rows.to(device))
-        guesses.append(logits.argmax(-1).cpu())
-    _, state = model.stream(x[:1].to(device))
-    return Answers(torch.cat(guesses) == y, y >= 0, distance, state_bytes(state))
+    model = trained_model(cfg, batch_fn)
+    return dict(measure_length(model, cfg), parameters=parameter_count(model))
 
 
 @torch.no_grad()
 def measure_length(model: GPT, cfg: Length) -> dict:
     """How well a trained model answers.
 
-        lengths, accuracy, state_bytes    at each length the share of right answers in the last T tokens, and the bytes
-                                          of the state
+        lengths, accuracy, state_bytes    at each length the share of right answers in the last cfg.T tokens (in all of
+                                          a shorter sequence), and the bytes of the state
         by_distance                       at the longest, for each bin of distances: its ends, how many answers were
                                           asked for, their accuracy
         far_accuracy                      there, of answers two windows back or more; None if there are none
     """
+    device = pick_device(cfg)
     _, lengths = cfg.lengths()
-    found = [answers(model, cfg, T) for T in lengths]
     accuracy = []
-    for T, (right, asked, _, _) in zip(lengths, found):
-        at_the_end = torch.arange(T) >= T - cfg.T
+    states = []
+    for length in lengths:
+        x, y, distance = length_batch(cfg.task, cfg.test_rows, length, 0, 0)
+        guesses = []
+        for rows in x.split(32):
+            logits, _ = model.stream(rows.to(device))
+            guesses.append(logits.argmax(-1).cpu())
+        right = torch.cat(guesses) == y
+        asked = y >= 0
+        at_the_end = torch.arange(length) >= length - cfg.T
         accuracy.append(share_right(right, asked & at_the_end))
+        _, state = model.stream(x[:1].to(device))
+        states.append(state_bytes(state))
 
-    # The rest is measured on the longest sequences. The first bin holds distances 1 to 15, and then each bin doubles.
-    right, asked, distance, _ = found[-1]
+    # The rest is measured on the longest sequences, which were the last ones. The first bin holds distances 1 to 15,
+    # and then each bin doubles.
     by_distance = []
     low = 1
     high = 16
@@ -917,14 +906,9 @@ def measure_length(model: GPT, cfg: Length) -> dict:
         low = high
         high = 2 * high
     far = asked & (distance >= 2 * cfg.window)
-    return dict(lengths=lengths, accuracy=accuracy, by_distance=by_distance,
-                state_bytes=[at_length.state_bytes for at_length in found],
-                far_accuracy=share_right(right, far) if far.any() else None)
-
-
-def length_headline(result: dict) -> str:
-    """The main numbers of a run."""
-    return ", ".join(f"{a:.3f} at {n}" for n, a in zip(result["lengths"], result["accuracy"]))
+    far_accuracy = share_right(right, far) if far.any() else None
+    return dict(lengths=lengths, accuracy=accuracy, state_bytes=states, by_distance=by_distance,
+                far_accuracy=far_accuracy)
 
 
 def report_length(results: list[dict], out: Path) -> list[list[str]]:
@@ -939,39 +923,34 @@ def report_length(results: list[dict], out: Path) -> list[list[str]]:
 
 def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     """The table and the figure of one task -> its row for the last table."""
-    import analyze
+    about = TASKS[task]
     variants, shared = grouped(Length, results)
-    names = ["at T" if share == 1 else f"at {share:g}T" for share in TASKS[task].tested]
+    names = ["at T" if share == 1 else f"at {share:g}T" for share in about.test_shares]
     if task in PAIRS:
         names = [f"{length // 4} pairs" for length in variants[0].cfg.lengths()[1]]
-        # Of the learning rates the best one counts, for each model and width, by the first seed alone.
-        best = best_of(variants, lambda v: (v.cfg.model, v.cfg.n_embd), lambda v: mean(v.runs[0]["accuracy"]))
-        variants = list(best.values())
-    last = "held" if task in PAIRS else "far"
+        # Of the variants of a model and width, such as learning rates, the best one on the first seed counts.
+        best_by_width = best_of(variants, lambda v: (v.cfg.model, v.cfg.n_embd), lambda v: mean(v.runs[0]["accuracy"]))
+        variants = list(best_by_width.values())
     lengths = sorted({variant.cfg.T for variant in variants})
-    trained = ", ".join(map(str, lengths))
+    trained_at = ", ".join(map(str, lengths))
     rows = []
     here = []
     for variant in variants:
         runs = variant.runs
         accuracy = [f"{mean(seeds):.3f}" for seeds in zip(*(run["accuracy"] for run in runs))]
-        summary = None
-        if task in PAIRS:
-            summary = f"{mean(analyze.pairs_held(run)[0] for run in runs):.0f}"
-        elif runs[0]["far_accuracy"] is not None:
-            summary = f"{average(runs, 'far_accuracy'):.3f}"
+        summary = about.summary(runs)
         parameters = f"{runs[0]['parameters']:,}"
         states = runs[0]["state_bytes"]
         rows.append([variant.name, *accuracy, summary, len(runs), parameters, f"{states[0]:,}", f"{states[-1]:,}",
                      f"{average(runs, 'cpu_seconds'):.0f}"])
         here.append(f"{variant.name} {summary if task in PAIRS else accuracy[-1]}")
 
-    say(f"\n{task}, trained at T = {trained}{shared}: accuracy in the last T tokens, mean over seeds; far = in the "
-        "longest sequences, answers two windows back or more; held = pairs, 4 tokens each, with 90% right answers\n")
-    say(analyze.table(["model", *names, last, "seeds", "parameters", f"state {names[0]}", f"state {names[-1]}",
+    say(f"\n{task}, trained at T = {trained_at}{shared}: accuracy in the last T tokens, mean over seeds; "
+        f"{about.column} = {about.meaning}; state in bytes\n")
+    say(analyze.table(["model", *names, about.column, "seeds", "parameters", f"state {names[0]}", f"state {names[-1]}",
                        "mean cpu s"], rows))
-    plot_length(task, trained, variants, out)
-    return [f"{task}, {last if task in PAIRS else names[-1]}", TASKS[task].said, "; ".join(here)]
+    plot_length(task, trained_at, variants, out)
+    return [f"{task}, {about.column if task in PAIRS else names[-1]}", about.said, "; ".join(here)]
 
 
 def draw_by_distance(ax, variants: list[Variant], looks: list[dict]) -> None:
@@ -993,24 +972,21 @@ def draw_by_distance(ax, variants: list[Variant], looks: list[dict]) -> None:
 
 def draw_pairs_held(ax, variants: list[Variant]) -> None:
     """Pairs held at 90% accuracy against the bytes of the state: a curve for each model, a point for each width."""
-    import analyze
     models = list(dict.fromkeys(variant.cfg.model for variant in variants))
     for model, look in zip(models, analyze.distinct_looks(models)):
         points = []
-        for variant in variants:
-            if variant.cfg.model == model:
-                held, states = zip(*(analyze.pairs_held(run) for run in variant.runs))
-                points.append((mean(states), held))
+        for variant in [variant for variant in variants if variant.cfg.model == model]:
+            held, states = zip(*map(analyze.pairs_held, variant.runs))
+            points.append((mean(states), held))
         states, held = zip(*sorted(points))
         draw_with_range(ax, states, held, model, look)
     ax.set(xscale="log", yscale="log", xlabel="state in bytes", ylabel="pairs held at 90% accuracy",
            title="one point a width")
 
 
-def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> None:
-    """task.png: accuracy against the length of the sequence, and against the distance of the answer; or how many pairs
+def plot_length(task: str, trained_at: str, variants: list[Variant], out: Path) -> None:
+    """<task>.png: accuracy against the length of the sequence, and against the distance of the answer; or how many pairs
     are held by how much state."""
-    import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.2))
     left, right = axes[0]
     shown = variants
@@ -1021,8 +997,8 @@ def plot_length(task: str, trained: str, variants: list[Variant], out: Path) -> 
     for variant, look in zip(shown, looks):
         by_length = list(zip(*(run["accuracy"] for run in variant.runs)))
         draw_with_range(left, variant.runs[0]["lengths"], by_length, variant.name, look)
-    left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained})", ylabel="accuracy",
-             ylim=(-0.02, 1.02), title=f"{task}: last {trained} tokens")
+    left.set(xscale="log", xlabel=f"tokens in the sequence (trained at {trained_at})", ylabel="accuracy",
+             ylim=(-0.02, 1.02), title=f"{task}: last {trained_at} tokens")
     lengths = sorted({n for variant in variants for n in variant.runs[0]["lengths"]})
     left.set_xticks(lengths, lengths)
     left.minorticks_off()
@@ -1056,9 +1032,7 @@ def minimal(automaton: Automaton) -> Automaton:
     # After as many rounds as there are states, nothing is left to split. A class is named after its first state.
     classes = [0] * len(automaton)
     for _ in automaton:
-        rows = []
-        for edges in automaton:
-            rows.append(sorted((symbol, classes[target]) for symbol, target in edges.items()))
+        rows = [sorted((symbol, classes[target]) for symbol, target in edges.items()) for edges in automaton]
         classes = [rows.index(row) for row in rows]
 
     # The classes in the order in which they are reached. The list grows while the loop reads it.
@@ -1084,9 +1058,9 @@ def draw_automaton(rng: random.Random) -> Automaton:
         automaton = []
         for state in range(n):
             others = [other for other in range(n) if other != state]
-            edges = rng.randint(1, 3)
-            symbols = rng.sample(alphabet, edges)
-            targets = rng.sample(others, edges)
+            n_edges = rng.randint(1, 3)
+            symbols = rng.sample(alphabet, n_edges)
+            targets = rng.sample(others, n_edges)
             automaton.append(dict(zip(symbols, targets)))
         automaton = minimal(tuple(automaton))
         if len(automaton) >= 4:
@@ -1094,7 +1068,7 @@ def draw_automaton(rng: random.Random) -> Automaton:
 
 
 def draw_automata(seed: int, counts: list[int]) -> list[list[Automaton]]:
-    """Lists of that many automata. No language is in two places."""
+    """Lists of automata, counts[i] of them in the i-th. No language is in two places."""
     rng = random.Random(seed)
     made = {}  # the text of an automaton, which is minimal -> the automaton
     while len(made) < sum(counts):
@@ -1154,14 +1128,17 @@ class Instances:
 
 
 def symbol_scores(probs: Tensor, truth: Tensor, y: Tensor) -> dict:
-    """One sequence: probs, truth (T,20), y (T,) -> count, accuracy, tvd (sums over it), accuracy_last, tvd_last.
+    """One sequence: probs, truth (T,20), y (T,) -> count, accuracy, tvd, accuracy_last, tvd_last.
 
-        accuracy    is the likeliest next token one that the automaton allows in its present state?
-        tvd         ½ Σ_a |p(a) - q(a)|, p the automaton's distribution over the next symbol, q the prediction over
-                    all 20 tokens (separators are never trained on, so they get no weight)
-        all         mean over all positions whose next token is a symbol: what the published code computes, and figure
-                    11 shows; sums and the count are returned, so that every position of a test set weighs the same
-        last        the same at the last symbol of the sequence alone: what the papers say
+        count               positions whose next token is a symbol
+        accuracy            at how many of them does the automaton allow the likeliest token in its present state?
+        tvd                 ½ Σ_a |p(a) - q(a)|, summed over them: p is the automaton's distribution over the next
+                            symbol, q the prediction over all 20 tokens (separators are never trained on, so they get
+                            no weight)
+        accuracy_last, …    the same at the last of them alone, which is what the papers say
+
+    Means over all positions are what the published code computes and figure 11 shows. Sums are returned, so that every
+    position of a test set weighs the same.
     """
     asked = y >= 0                                       # (T,)
     likeliest = probs.argmax(1, keepdim=True)
@@ -1225,15 +1202,13 @@ def measure_automata(model: GPT, data: Instances, device) -> dict:
 def shuffled(cfg: RegBench) -> tuple[Tensor, ...]:
     """For each step the indices of its training automata: in an epoch every one has its turn once."""
     epochs = cfg.steps * cfg.batch_size // cfg.automata + 1
-    order = []
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(cfg.seed * 100_003 + epoch)
-        order.append(torch.randperm(cfg.automata, generator=generator))
+    seeds = [cfg.seed * 100_003 + epoch for epoch in range(epochs)]
+    order = [torch.randperm(cfg.automata, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.cat(order).split(cfg.batch_size)
 
 
 def regbench_job(cfg: RegBench) -> dict:
-    """Trains one model -> `parameters` (their number), and its scores (see `total`) on three test sets.
+    """Trains one model -> its scores (see `total`) on three test sets, and `parameters`, how many it has.
 
     ood is the test set proper: automata that were never trained on. valid, of yet other automata, chooses between
     variants. iid are fresh strings of training automata.
@@ -1247,17 +1222,9 @@ def regbench_job(cfg: RegBench) -> dict:
 
     data = Instances(train, 3, cfg.T)
     order = shuffled(cfg)
-    model = GPT(cfg.architecture())
-    fit(model, lambda step: (data.x[order[step]], data.y[order[step]]), cfg)
-    model.eval()
+    model = trained_model(cfg, lambda step: (data.x[order[step]], data.y[order[step]]))
     measurements = {name: measure_automata(model, test, pick_device(cfg)) for name, test in tests.items()}
-    measurements["parameters"] = sum(p.numel() for p in model.parameters())
-    return measurements
-
-
-def regbench_headline(result: dict) -> str:
-    """The main numbers of a run."""
-    return f"accuracy {result['ood']['accuracy']:.3f}, TVD {result['ood']['tvd']:.3f} on unseen automata"
+    return dict(measurements, parameters=parameter_count(model))
 
 
 METRICS = ("accuracy", "tvd", "accuracy_last", "tvd_last")
@@ -1286,22 +1253,19 @@ def ngram_baselines(cfg: RegBench) -> dict[str, dict]:
 
 def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
     """Prints the table, draws the figure and keeps the baselines -> rows for the last table."""
-    import analyze
     variants, shared = grouped(RegBench, results)
     best = best_of(variants, lambda v: (v.cfg.model, v.cfg.automata), lambda v: average(v.runs, "valid", "accuracy"))
     cfg = variants[0].cfg
     baselines = ngram_baselines(cfg)
     save_json(out / "regbench" / "baselines.json", dict(automata=cfg.test_automata, T=cfg.T, ood=baselines))
 
-    rows = []
+    rows = [[name, None, *(f"{scores[metric]:.3f}" for metric in METRICS), None, None, None, None]
+            for name, scores in baselines.items()]
     seen = []
-    for name, scores in baselines.items():
-        numbers = [f"{scores[metric]:.3f}" for metric in METRICS]
-        rows.append([name, None, *numbers, None, None, None, None])
     for (model, automata), variant in best.items():
         runs = variant.runs
-        architecture = REGBENCH_MODELS[model].get("memory", "transformer")
-        published = FIGURE_11.get(architecture, {}).get(automata)
+        name_in_paper = REGBENCH_MODELS[model].get("memory", "transformer")
+        published = FIGURE_11.get(name_in_paper, {}).get(automata)
         said = f"{published[0]} / {published[1]}" if published else "-"
         ood = [f"{average(runs, 'ood', metric):.3f}" for metric in METRICS]
         iid = f"{average(runs, 'iid', 'accuracy'):.3f} / {average(runs, 'iid', 'tvd'):.3f}"
@@ -1322,7 +1286,6 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
 
 def plot_regbench(best: dict[tuple[str, int], Variant], baselines: dict, out: Path) -> None:
     """regbench.png: accuracy and TVD against the number of training automata. Dotted curves are the paper's."""
-    import analyze
     figure, axes = analyze.panels(1, 2, (10, 4.4))
     left, right = axes[0]
     for ax, metric, title in ((left, "accuracy", "accuracy"), (right, "tvd", "total variation distance")):
@@ -1360,9 +1323,14 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = [
-    Experiment(Moons, moons_job, moons_headline, report_moons),
-    Experiment(Length, length_job, length_headline, report_length),
-    Experiment(RegBench, regbench_job, regbench_headline, report_regbench),
+    Experiment(Moons, moons_job, lambda r: "error {3:.3f} before the lcm, {4:.3f} after".format(*r["stairs"]),
+               report_moons),
+    Experiment(Length, length_job,
+               lambda r: ", ".join(f"{a:.3f} at {length}" for a, length in zip(r["accuracy"], r["lengths"])),
+               report_length),
+    Experiment(RegBench, regbench_job,
+               lambda r: "accuracy {accuracy:.3f}, TVD {tvd:.3f} on unseen automata".format(**r["ood"]),
+               report_regbench),
 ]
 
 # The toys that can be named: kind, and what is run of it when a flag is not given
@@ -1424,7 +1392,6 @@ def worker_count(cfg: Toy) -> int:
 
 def train_and_report(argv: list[str]) -> None:
     """Trains all models, then reports. Raises UserError."""
-    import analyze
     configs = plan(argv)
     out = Path(configs[0].out_dir)
     seen = []
