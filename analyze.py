@@ -16,7 +16,8 @@ Glossary
     condition    what a run tests: "local", "global", "rmt", "ttt@1+3". See `condition`.
     cell         all runs of one condition at one training length T, one for each seed.
     study        cells that may be compared: they have the same preset and the same data.
-    floor        no memory. Attention sees a short window in every layer (the pattern S). Nothing reaches further back.
+    floor        no memory. Attention sees a short window in every layer (the pattern S). No layer looks further back;
+                 only from layer to layer does text pass on, a window at a time.
     local        no memory. Attention sees a short window in most layers (the pattern SSSL).
     global       no memory. Attention sees all of the past in every layer (the pattern L). It is the ceiling.
     windowed     the baseline from below: floor, or local in a study without a floor.

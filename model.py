@@ -135,7 +135,8 @@ class Config:
     knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
     knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
                             choices=("fifo", "lru"))
-    mosaic_slots: int = option(0, "mosaic: persistent pairs a head; 0 = as many parameters as an attention block",
+    mosaic_slots: int = option(0, "mosaic, and mosaic2 without its MLP: persistent pairs a head; 0 = as many "
+                               "parameters as an attention block",
                                "memory", low=0)
     mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those "
                                 "up to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
@@ -587,7 +588,7 @@ class PersistentAttention(Attention):
 # knn: an external key-value store (Wu et al. 2022)
 
 class Store(NamedTuple):
-    """Pairs that have left the window; n of them, at most N."""
+    """Pairs that have left the window or soon will, since they move in by the block; n of them, at most N."""
     k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
@@ -1018,13 +1019,14 @@ class MosaicKey(nn.Module):
         return torch.stack(keys, 2)
 
     def decay(self):
-        """λ (H,), the share of the average that a token keeps."""
+        """λ (H,), the share of the leaky sum that a token keeps. (It is called an average: its length
+        does not matter, since keys are normalised.)"""
         return torch.exp(-EXP_SPEEDUP * self.leak.abs())
 
     def size(self):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
-        if self.scale is None:      # mosaic2's keys have length 1: AdaptiveMemory sharpens the queries instead
+        if self.scale is None:      # AdaptiveMemory takes the scale away: its keys have length 1, and it sharpens queries
             return torch.ones_like(self.phi.weight[::self.D, 0])    # (H,) on phi's device
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
@@ -1157,6 +1159,7 @@ class PersistentMemory(nn.Module):
         H = config.n_head
         self.D = config.head_dim
         self.dropout = config.dropout
+        # phi and out have C² weights each, and a pair (a row of P_k and one of P_v) has 2C
         N = config.mosaic_slots or (feedforward_size(config) - 2 * C * C) // (2 * C)
         self.key = MosaicKey(config, power=2)
         self.P_k = nn.Parameter(torch.randn(N, C) * self.D ** -0.5)  # a row is one pair of every head
@@ -1203,7 +1206,7 @@ class GatedKey(MosaicKey):
 
     def gates(self, x):
         """log λ_t and log g_t (B,T,H)."""
-        return -self.forget(x).abs(), self.gate(x)
+        return -self.forget(x).abs(), self.gate(x)                                      # log λ_t, log g_t
 
 
 class AdaptiveMemory(ContextualMemory):
@@ -1282,10 +1285,12 @@ class AdaptiveMemory(ContextualMemory):
 
 
 class ShortAndLongMemory(nn.Module):
-    """A memory of the pairs t-h+1 … t-1 (eq. 10) and one of those up to t-m, with m from h/4 to h.
+    """A memory of the pairs t-h+1 … t-1 (eq. 10), and one of those up to t-m. In training m is drawn
+    from h/4 to h; else it is h/4.
 
-    Published are h = 256 and m from 64 to 256, for rows of 4096 tokens. The sum of the memories'
-    own projections is one projection of their outputs side by side.
+    Published are h = 256 and m from 64 to 256, for rows of 4096 tokens. The paper puts the outputs of
+    both side by side and projects them once. Here each memory has its own `out`, and the two are
+    added, which is the same.
     """
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -1495,8 +1500,9 @@ class RMT(nn.Module):
         self.M = config.rmt_tokens
         self.S = config.segment_length
         self.bptt = config.rmt_bptt
-        # The inner stack's row has M + S + M positions, whatever the model's rows are. It counts as one
-        # segment, which is what Config accepts; the windows stay the model's.
+        # The inner stack reads rows of M + S + M positions. rmt_segment is set to the same, because
+        # Config checks that segments divide a row. short_window is fixed, or it would follow the new
+        # max_seq_len.
         length = self.S + 2 * self.M
         inner = replace(config, max_seq_len=length, rmt_segment=length, short_window=config.local_window)
         self.stack = Stack(inner, n_free=self.M)
@@ -1687,7 +1693,8 @@ def unused_options(config: Config) -> list[str]:
     change nothing here.
 
     A setting of the group "memory" belongs to the memory named before its first underscore, where
-    deltanet is called delta; expand_v is deltanet's too.
+    deltanet is called delta; expand_v is deltanet's too, and mosaic_slots also mosaic2's where its
+    MLP is switched off.
     """
     for_all = ("memory", "memory_layers")
     deltanets = {"delta": "deltanet", "expand": "deltanet"}
@@ -1697,6 +1704,8 @@ def unused_options(config: Config) -> list[str]:
             continue
         begin = f.name.split("_")[0]
         owner = deltanets.get(begin, begin)
+        if f.name == "mosaic_slots" and config.memory == "mosaic2" and not config.mosaic2_mlp:
+            continue
         if owner != config.memory and getattr(config, f.name) != f.default:
             unused.append(f.name)
     return unused

@@ -943,7 +943,8 @@ def test_settings_of_memories():
     others = dict(knn_capacity=600, expand_v=2, delta_steps=2, mosaic_slots=5, mosaic2_mlp=False)
     for config, unused in ((Config(), []), (Config(memory="knn", knn_capacity=600, memory_layers="1"), []),
                            (Config(n_layer=3, **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
-                           (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots"]),
+                           (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity"]),
+                           (Config(memory="mosaic2", mosaic_slots=5), ["mosaic_slots"]),
                            (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
         assert model.unused_options(config) == unused
     assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None

@@ -152,7 +152,8 @@ class RunConfig(Config, FitConfig):
         return {name: getattr(self, name) for name in names}
 
 
-# The training side of model.PRESETS. gpt2 is the recipe of Memory Mosaics (appendix, table 3).
+# The training side of model.PRESETS. gpt2 is the recipe of Memory Mosaics (appendix, table 3). In d12 the vocabulary is
+# that of the shards' tokenizer (vocab_size=0) and not memory-bench's of 32768 tokens.
 TRAINING = {
     "laptop": dict(lr=6e-3, batch_size=4, steps=1200, eval_every=300),
     "d12": dict(dataset="fineweb-edu", tokenizer="gpt2", vocab_size=0, batch_size=256, device_batch_size=32, steps=2520,
