@@ -108,7 +108,8 @@ class Config:
     rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
     qk_norm: bool = option(True, "normalise queries and keys per head")
 
-    token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three before it")
+    token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three "
+                               "before it")
     norm: str = option("rms", "rms (no parameters) or layer", choices=("rms", "layer"))
     activation: str = option("relu2", "MLP nonlinearity", choices=("relu2", "gelu"))
     bias: bool = option(False, "biases in linear layers and LayerNorms")
