@@ -979,13 +979,6 @@ class DeltaNet(nn.Module):
         return heads_and_steps * rule + convolution
 
 
-def deltanet_start(block: nn.Module, layer: int) -> None:
-    """The official code's starting values of the linear layers: PyTorch's own, uniform within ±1/√C."""
-    for module in block.mixer.children():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic: Memory Mosaics (Zhang et al. 2024)
 
@@ -1631,7 +1624,7 @@ MEMORIES = {
     "persistent": Memory(mixer=PersistentAttention),
     "rmt": Memory(stack=RMT),
     "ttt": Memory(mixer=TTT),
-    "deltanet": Memory(mixer=DeltaNet, start=deltanet_start),
+    "deltanet": Memory(mixer=DeltaNet),
     "knn": Memory(mixer=KNNAttention),
     "mosaic": Memory(mixer=ContextualMemory, feedforward=PersistentMemory),
     "mosaic2": Memory(mixer=ShortAndLongMemory, feedforward=mosaic2_feedforward, start=mosaic2_start),

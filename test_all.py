@@ -837,7 +837,6 @@ def starts(layers, heads, width):
         ".leak": torch.linspace(0.5, 5, heads) / 10, ".key.scale": 1 / 10, ".scale": -0.5 / 10, ".mix": stats.uniform(0, 1).cdf,
         ".P_k": pair, ".P_v": pair, ".slot_k": projected, ".slot_v": projected, ".slot_scale": 0.01, ".mixer.gate": 0,
         ".memory_tokens.weight": gaussian(0.02), "value_embeds.weight": projected, "mosaic2": stats.truncnorm(-3, 3).cdf,
-        "deltanet": stats.uniform(-1 / 16, 1 / 8).cdf,
         ".out.weight": gaussian(0.02 / (2 * layers) ** 0.5),                            # what adds to the residual stream
         "norm.weight": 1, "norm1.weight": 1, "norm2.weight": 1, "norm_weight": 1, "ln_weight": 1,
         ".weight": gaussian(0.02), "bias": 0}                                           # everything else
@@ -850,8 +849,6 @@ def test_starting_values(memory, heads):
                      mosaic_slots=100, norm="layer", bias=True, pos="learned", value_embeds=True))
     parameters = {}                                             # name -> that parameter in every layer
     for name, p in net.named_parameters():
-        if memory == "deltanet" and re.search(r"mixer\.\w+\.weight", name):
-            name = "deltanet"                                   # its matrices are U(-1,1)/√256
         # in layer l, mosaic2's matrices are N(0, 1/(2·256(l+1))) cut at 3σ
         layer = re.search(r"blocks\.(\d+)\.(mixer|feedforward)\..*weight", name) if memory == "mosaic2" and p.ndim == 2 else None
         if layer:
