@@ -131,6 +131,8 @@ CONDITIONS = {
 
 def attention_name(window: str) -> str:
     """The name of a run without a memory, from the pattern of its attention layers."""
+    if len(set(window)) == 1:       # LL is L
+        window = window[0]
     names = {"S": "floor", USUAL_WINDOW: "local", "L": "global"}
     return names.get(window, f"window {window}")
 
