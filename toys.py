@@ -188,7 +188,8 @@ class Length(Toy):
     n_embd: int = option(64, "channels", "toy", low=1)
     n_head: int = option(2, "heads", "toy", low=1)
     pos: str = option("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
-    token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three before it", "toy")
+    token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three "
+                               "before it", "toy")
     test_rows: int = option(64, "test sequences at each length", "toy", low=1)
     lr: float = option(6e-3, "peak learning rate, Muon's and AdamW's alike", "optimisation", low=0)
     steps: int = option(0, "updates of the weights; 0 = 400; parity, s3, s5, capacity and mqar: 1000", "optimisation",
