@@ -75,7 +75,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError, did_you_mean, encode
-from model import GPT, MEMORIES, Attention, Block, ContextualMemory, check_options, option, state_bytes
+from model import (GPT, MEMORIES, Attention, Block, ContextualMemory, GatedKey, ShortAndLongMemory, check_options,
+                   option, state_bytes)
 from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
                    fill_in, load_corpus, load_run, parse_value, peak_memory_mib, peak_mib, pick_device,
                    read_flags, reset_peak_memory, save, save_json)
@@ -1034,28 +1035,35 @@ def draw_cells(ax, run: Run, result: dict, margin: np.ndarray, top: float):
 RECENT = 16  # tokens that count as recent
 
 
-def attention_layers(run: Run) -> list[tuple[int, torch.nn.Module]]:
-    """Index and mixer of every layer that attends."""
+def attention_layers(run: Run) -> dict[str, torch.nn.Module]:
+    """Everything that attends. Its name is the layer's index; of mosaic2 "1, short-term" and "1, long-term"."""
+    found = {}
     mixers = [module.mixer for module in run.model.modules() if isinstance(module, Block)]
-    attends = (Attention, ContextualMemory)
-    return [(i, mixer) for i, mixer in enumerate(mixers) if isinstance(mixer, attends)]
+    for i, mixer in enumerate(mixers):
+        if isinstance(mixer, (Attention, ContextualMemory)):
+            found[str(i)] = mixer
+        elif isinstance(mixer, ShortAndLongMemory):
+            for memory in mixer.memories:
+                found[f"{i}, {'short' if memory.window else 'long'}-term"] = memory
+    return found
 
 
-def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
+def attention_at(run: Run, x: Tensor) -> dict[str, Tensor]:
     """layer -> (H,1+T), summed over the rows x (B,T): how much the last position attends to slots
     and memory tokens (column 0) and to token t (column 1+t). The last token is read alone, while
     hooks see each attention layer's input."""
     T = x.size(1)
     out = {}
 
-    def look(i, mixer, given):
+    def look(layer, mixer, given):
         memory, tokens = mixer.weights(*given)
         tokens = F.pad(tokens[:, :, -1], (T - tokens.size(-1), 0))  # tokens out of the window get 0
-        out[i] = torch.cat([memory[:, :, -1:], tokens], -1).sum(0).cpu()
+        out[layer] = torch.cat([memory[:, :, -1:], tokens], -1).sum(0).cpu()
 
     # The hooks are there for the last token only.
     _, state = read_to_end(run, x[:, :-1])
-    hooks = [mixer.register_forward_pre_hook(partial(look, i)) for i, mixer in attention_layers(run)]
+    hooks = [mixer.register_forward_pre_hook(partial(look, layer))
+             for layer, mixer in attention_layers(run).items()]
     try:
         read_to_end(run, x[:, -1:], state)
     finally:
@@ -1066,23 +1074,24 @@ def attention_at(run: Run, x: Tensor) -> dict[int, Tensor]:
 
 def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[dict]:
     """Every attention layer's shares per head, the mean of rows of `length` tokens; and λ where it
-    is a mosaic's layer."""
+    is a mosaic's layer, unless λ depends on the token."""
     # sums over rows, batch by batch
     total = {}
     n = 0
     for x, *_ in corpus.eval_batches(length, run.rows_at_once(length), sequences * length):
-        for i, shares in attention_at(run, x).items():
-            total[i] = total.get(i, 0) + shares
+        for layer, shares in attention_at(run, x).items():
+            total[layer] = total.get(layer, 0) + shares
         n += len(x)
 
     # means
     found = []
-    mixers = dict(attention_layers(run))
-    for i, shares in total.items():
+    mixers = attention_layers(run)
+    for layer, shares in total.items():
         decay = None
-        if isinstance(mixers[i], ContextualMemory):
-            decay = mixers[i].key.decay().detach().cpu()    # λ (H,)
-        found.append(dict(layer=i, length=length, sequences=n, decay=decay,
+        mixer = mixers[layer]
+        if isinstance(mixer, ContextualMemory) and not isinstance(mixer.key, GatedKey):
+            decay = mixer.key.decay().detach().cpu()        # λ (H,)
+        found.append(dict(layer=layer, length=length, sequences=n, decay=decay,
                           memory=shares[:, 0] / n, profile=shares[:, 1:] / n))
     return found
 
@@ -1130,8 +1139,8 @@ def draw_attention(run: Run, found: list[dict]) -> None:
     recent attention."""
     import analyze
     # Four layers spread over the depth
-    shown = sorted({layer["layer"] for layer in found})
-    shown = sorted({shown[round(i * (len(shown) - 1) / 3)] for i in range(4)})
+    names = list(dict.fromkeys(layer["layer"] for layer in found))
+    shown = list(dict.fromkeys(names[round(i * (len(names) - 1) / 3)] for i in range(4)))
     lengths = sorted({layer["length"] for layer in found})
     mosaic = any(layer["decay"] is not None for layer in found)
     rows = len(shown)

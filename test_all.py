@@ -2419,7 +2419,12 @@ def explicit(layer, x, window):
     near = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
     if isinstance(layer, model.ContextualMemory):
         k, _ = layer.key(x, None)
-        return (k @ k.mT).masked_fill(near <= 0, -1e30).softmax(-1)[:, :, -1]
+        least, most, q = 1, x.size(1), k                            # how old a pair is that a query sees
+        if isinstance(layer, model.AdaptiveMemory):
+            least = layer.lags[0]
+            most = layer.window or most
+            q = layer.sharpen(k, (torch.arange(x.size(1)) + 1 - least).clamp(max=most + 1 - least))
+        return (q @ k.mT).masked_fill((near < least) | (near > most), -1e30).softmax(-1)[:, :, -1]
     q, k, _ = layer.project(x, None)
     if layer.theta:
         q, k = (model.rotary(a, torch.arange(x.size(1)), layer.theta) for a in (q, k))
@@ -2439,22 +2444,22 @@ def test_eval_attention_is_the_softmax():
     """Every layer's profile against a T×T softmax on what a pass over the whole sequence gives that layer."""
     cases = [dict(memory="none"), dict(memory="none", pos="alibi", n_kv_head=1), dict(memory="none", pos="none", n_kv_head=2),
              dict(memory="persistent"), dict(memory="persistent", window="L", pos="none", n_kv_head=1), dict(memory="mosaic"),
-             dict(memory="rmt", rmt_tokens=3), dict(memory="rmt", rmt_tokens=3, pos="alibi"), dict(memory="knn", knn_capacity=24)]
+             dict(memory="mosaic2", mosaic2_short=12), dict(memory="rmt", rmt_tokens=3), dict(memory="rmt", rmt_tokens=3, pos="alibi"), dict(memory="knn", knn_capacity=24)]
     for case in cases:
         torch.manual_seed(0)
         net = GPT(model.Config(**{"n_layer": 3, "n_head": 4, "n_embd": 32, "max_seq_len": L, "persistent_slots": 3} | case)).eval().double()
         for p in net.parameters():
             p.data.normal_(0, 0.3)
         run, seen = in_pieces(stub(None)._replace(model=net), 13), {}
-        mixers = [b.mixer for b in net.modules() if isinstance(b, model.Block)]
-        for mixer in mixers:
+        mixers = measuring.attention_layers(run)
+        for mixer in mixers.values():
             mixer.register_forward_hook(lambda mixer, given, output: seen.update({mixer: given[0]}))
         for T in (L, 3 * L):
             x = torch.randint(257, (3, T))
             out = measuring.attention_at(run, x)
             with torch.no_grad():
                 net(x)                                              # rmt's last call is its last segment, at once
-            assert len(out) == 3, case
+            assert len(out) == (6 if case["memory"] == "mosaic2" else 3), case
             for i, shares in out.items():
                 w = explicit(mixers[i], seen[mixers[i]], getattr(mixers[i], "window", None)).sum(0).double()
                 m = 3 if case["memory"] in ("persistent", "rmt") else 0
@@ -2468,9 +2473,9 @@ def test_eval_attention_files():
     """The averages over sequences, λ of the mosaic, and memories without attention."""
     with inside():
         r, (run,) = measured("mosaic", "attention", "--sequences=6"), opened("mosaic")
-        assert [(f["layer"], f["length"], f["sequences"]) for f in r["layers"]] == [(0, L, 6), (1, L, 6), (0, 3 * L, 6), (1, 3 * L, 6)]
+        assert [(f["layer"], f["length"], f["sequences"]) for f in r["layers"]] == [("0", L, 6), ("1", L, 6), ("0", 3 * L, 6), ("1", 3 * L, 6)]
         x = torch.cat([x for x, *_ in run.corpus().eval_batches(L, 6, 6 * L)])
-        expected = measuring.attention_at(run, x)[1][:, 1:] / 6
+        expected = measuring.attention_at(run, x)["1"][:, 1:] / 6
         assert (torch.tensor(r["layers"][1]["profile"], dtype=torch.float64) - expected).abs().max() < 1e-6
         leak = run.model.body.blocks[1].mixer.key.leak
         assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["decay"], leak.tolist()))
