@@ -2861,6 +2861,14 @@ def test_toys_pairs_train_and_test_at_every_number_of_pairs():
     assert [x.size(1) for x, _ in calls["fit"][0][1]] == [16, 32, 64, 128, 256] and len(result["accuracy"]) == 6
 
 
+def test_toys_lengths_join_one_after_another_and_then_take_turns():
+    cfg = toys.Length(task="s3", **TOY_SHAPE | dict(steps=24))
+    with recorded(fit=lambda model, batch_fn, cfg: [batch_fn(i)[0].size(1) for i in range(24)]) as calls:
+        toys.length_job(cfg)
+    assert calls["fit"][0][1] == [8, 8, 8, 16, 8, 16, 8, 16, 32, 16, 32, 64] + [8, 16, 32, 64] * 3
+    assert [toys.Length(task="capacity").length_at(step) for step in (0, 4, 5)] == [16, 256, 16]
+
+
 def test_toys_same_seed_same_data():
     for task in toys.TASKS:
         a, b, c, d = (toys.length_batch(task, 3, 40, *s) for s in ((1, 5), (1, 5), (2, 5), (1, 6)))

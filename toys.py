@@ -186,7 +186,7 @@ class Length(Toy):
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
-    n_head: int = option(2, "heads", "toy", low=1)
+    n_head: int = option(0, "heads; 0 = 2; parity, s3 and s5: 4", "toy", low=0)
     pos: str = option("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
     token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three "
                                "before it", "toy")
@@ -205,6 +205,7 @@ class Length(Toy):
         self.T = self.T or TASKS[self.task].T
         self.steps = self.steps or TASKS[self.task].steps
         self.batch_size = self.batch_size or TASKS[self.task].batch_size
+        self.n_head = self.n_head or TASKS[self.task].n_head
         low, high = TASKS[self.task].limits
         if not low <= self.T <= high:
             raise ValueError(f"T={self.T} was given, {self.task} needs {low} to {high}")
@@ -223,11 +224,21 @@ class Length(Toy):
         return Config(**settings)
 
     def lengths(self) -> tuple[list[int], list[int]]:
-        """The lengths of training sequences, which take turns, and of test sequences."""
+        """The lengths of training sequences and of test sequences."""
         task = TASKS[self.task]
         trained = [int(self.T * share) for share in task.train_shares]
         tested = [int(self.T * share) for share in task.test_shares]
         return trained, tested
+
+    def length_at(self, step: int) -> int:
+        """The length of a step's training sequences. The lengths take turns; in a task that grows, first the shortest
+        is alone, and the others join one after another."""
+        trained, _ = self.lengths()
+        growing_steps = TASKS[self.task].growing * self.steps
+        joined = len(trained)
+        if step < growing_steps:
+            joined = 1 + int(step / growing_steps * len(trained))
+        return trained[step % joined]
 
 
 @dataclass
@@ -804,7 +815,9 @@ class Task(NamedTuple):
     limits: tuple = (32, math.inf)    # of T
     steps: int = 400
     batch_size: int = 32
+    n_head: int = 2
     train_shares: tuple = (1,)        # the lengths of training sequences in units of T, which take turns
+    growing: float = 0                # in this share of the steps, the first ones, these lengths join one by one
     test_shares: tuple = (1, 2, 4, 8)
     summary: Callable = far_text      # a variant's runs -> one number, the column of the table that `column` heads
     column: str = "far"
@@ -812,7 +825,7 @@ class Task(NamedTuple):
 
 
 PAIRS = ("capacity", "mqar")
-BY_PRODUCT = dict(steps=1000, batch_size=64, train_shares=(1 / 4, 1 / 2, 1))
+BY_PRODUCT = dict(steps=1000, batch_size=64, n_head=4, train_shares=(1 / 8, 1 / 4, 1 / 2, 1), growing=0.5)
 BY_PAIRS = dict(T=256, limits=(64, 2 * KEYS), steps=1000, train_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),
                 test_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), summary=held_text, column="held",
                 meaning="pairs, 4 tokens each, with 90% right answers; of a model's variants of one width the best on "
@@ -858,10 +871,8 @@ def parameter_count(model: GPT) -> int:
 
 def length_job(cfg: Length) -> dict:
     """Trains one model -> what `measure_length` measures, and `parameters`, how many it has."""
-    trained, _ = cfg.lengths()
-
     def batch_fn(step):
-        x, y, _ = length_batch(cfg.task, cfg.batch_size, trained[step % len(trained)], cfg.seed, step + 1)
+        x, y, _ = length_batch(cfg.task, cfg.batch_size, cfg.length_at(step), cfg.seed, step + 1)
         return x, y
 
     model = trained_model(cfg, batch_fn)
