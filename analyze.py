@@ -1258,6 +1258,35 @@ def length_table(cells) -> str:
     return table(["", *[f"T = {T}" for T in lengths]], rows)
 
 
+def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
+    """(T, condition) -> what it wins back after each number of training tokens, the fewest first. What was trained for
+    one number alone is left out."""
+    found = {}
+    for won in won_back(cells):
+        if won.cell.costs("train_tokens"):
+            found.setdefault((won.cell.T, won.cell.one.condition), {})[training_tokens(won)] = won
+    return {key: [budgets[tokens] for tokens in sorted(budgets)] for key, budgets in found.items() if len(budgets) > 1}
+
+
+def training_tokens(won: WonBack) -> float:
+    """How many tokens these runs were trained on."""
+    return won.cell.one.costs["train_tokens"]
+
+
+def budget_table(cells) -> str:
+    """Closure against training tokens, with both baselines at the same number. Nothing for one budget."""
+    rows = []
+    for (T, condition), budgets in several_budgets(cells).items():
+        for won in budgets:
+            share = np.mean(won.gain.diffs) / np.mean(won.deficit.diffs)
+            rows.append([T, condition, human(training_tokens(won)), len(won.gain.seeds),
+                         f"{1000 * np.mean(won.deficit.diffs):.0f}", f"{1000 * np.mean(won.gain.diffs):.0f}",
+                         f"{100 * share:.0f}%", closure_text(won.gain.diffs, won.deficit.diffs)])
+    head = ["T", "condition", "training tokens", "n", "deficit mBPB", "gain mBPB", "closure of means",
+            "closure [95% CI]"]
+    return table(head, rows, left=2)
+
+
 def position_table(cells) -> str:
     """Deficit, gain and their correlation over positions, for every condition."""
     rows = []
@@ -1454,17 +1483,17 @@ def draw_condition(ax, cell: Cell, x: float, y: float, hollow: set):
 
 
 def figure_won_back(cells):
-    """bpb against the size of the state, between the two baselines, with a panel for each length."""
+    """bpb against the size of the state, between the two baselines, with a panel for each pair of them."""
     found = [won for won in won_back(cells) if won.cell.costs("state_bytes")]
     if not found:
         return None
     hollow = further_variants(cells)
-    lengths = sorted({won.cell.T for won in found})
-    figure, axes = panels(1, len(lengths), (max(6, 4.6 * len(lengths)), 4.6))
+    baselines = {(won.cell.T, won.windowed.label): won.windowed for won in found}
+    figure, axes = panels(1, len(baselines), (max(6, 4.6 * len(baselines)), 4.6))
     handles = {}
-    for ax, T in zip(axes[0], lengths):
-        here = [won for won in found if won.cell.T == T]
-        windowed = here[0].windowed
+    for ax, (T, label) in zip(axes[0], sorted(baselines)):
+        windowed = baselines[T, label]
+        here = [won for won in found if won.windowed is windowed]
         for cell in (windowed, here[0].ceiling):
             ax.axhline(cell.mean(), color=look(cell.label)["color"], lw=1.2, zorder=0)
             ax.annotate(cell.label, (1, cell.mean()), xycoords=("axes fraction", "data"), ha="right", va="bottom")
@@ -1476,10 +1505,37 @@ def figure_won_back(cells):
             if not math.isnan(won.gain.mean):
                 ax.plot([x, x], windowed.mean() - np.array([won.gain.lo, won.gain.hi]),
                         color=look(won.cell.label)["color"], lw=1.2)
-        ax.set(title=f"T = {T}", xscale="log", xlabel=COSTS["state_bytes"])
+        settings = label.split(" ")[1:]     # those of --by
+        ax.set(title=" ".join([f"T = {T}", *settings]), xscale="log", xlabel=COSTS["state_bytes"])
         ax.xaxis.set_major_formatter(human)
     axes[0, 0].set_ylabel("validation bpb (bits per byte)")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def figure_budget(cells):
+    """Closure against training tokens: the seeds as points, and the closure of their means as a line."""
+    found = several_budgets(cells)
+    if not found:
+        return None
+    lengths = sorted({T for T, _ in found})
+    figure, axes = panels(1, len(lengths), (max(6, 4.6 * len(lengths)), 4.6))
+    for ax, T in zip(axes[0], lengths):
+        for level in (0, 1):
+            ax.axhline(level, color="black", lw=0.8, linestyle="dashed", zorder=0)
+        here = {condition: budgets for (other, condition), budgets in found.items() if other == T}
+        for (condition, budgets), style in zip(here.items(), distinct_looks(list(here))):
+            shares = []
+            for won in budgets:
+                of_seeds = np.divide(won.gain.diffs, won.deficit.diffs)
+                ax.plot([training_tokens(won)] * len(of_seeds), of_seeds, ".", color=style["color"], ms=5, mew=0)
+                shares.append(np.mean(won.gain.diffs) / np.mean(won.deficit.diffs))
+            ax.plot([training_tokens(won) for won in budgets], shares, **style, lw=1.6, label=condition)
+        ax.set(title=f"T = {T}", xscale="log", xlabel="training tokens")
+        ax.xaxis.set_major_formatter(human)
+    axes[0, 0].set_ylabel("closure (0 = windowed, 1 = global)")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -1637,6 +1693,11 @@ LENGTHS = """
 Mean bpb ± standard deviation over seeds at each training length, what the window costs there, and the
 share of it that each condition wins back.
 """
+BUDGETS = """
+Does the gap close with more training? Each number of training tokens has its own baselines. The closure
+of means needs no interval, so that it is there for two seeds too. (Runs of several budgets need
+--by=steps.)
+"""
 FRONTIER = """
 These are the conditions that no other beats, by being nowhere worse and somewhere better. Means are
 compared here: a difference that lies within its interval above is no difference. In the figure large
@@ -1653,6 +1714,7 @@ SECTIONS = (
     Section("Differences, paired by seed", DIFFERENCES, difference_table, figure_differences, "differences"),
     Section("What each memory wins back", WON_BACK, won_back_table, figure_won_back, "won_back"),
     Section("Training lengths", LENGTHS, length_table, None, ""),
+    Section("Training budgets", BUDGETS, budget_table, figure_budget, "budget"),
     Section("Position", POSITION, position_table, figure_position, "position"),
     Section("Pareto frontier", FRONTIER, frontier_table, figure_pareto, "pareto"),
     Section("Matched compute", MATCHED, matched_table, None, ""),

@@ -3307,6 +3307,28 @@ def test_won_back():
     assert analyze.length_table([c for c in cells if c.T == 512]) == ""
 
 
+def test_closure_by_training_budget():
+    """With four times the tokens the window costs 0.3 instead of 0.2, and ttt wins back two thirds instead of a quarter."""
+    def run(memory, window, seed, bpb, steps):
+        tokens = 1024 * steps
+        return result(memory, window, seed, bpb, config=dict(steps=steps), train_tokens=tokens, state_bytes=100)
+
+    runs = []
+    for seed, (steps, of_floor, of_ttt) in itertools.product(range(2), ((100, 1.2, 1.15), (400, 1.3, 1.1))):
+        runs += [run("none", "S", seed, of_floor + 0.01 * seed, steps), run("none", "L", seed, 1.0 + 0.01 * seed, steps),
+                 run("ttt", "S", seed, of_ttt + 0.01 * seed, steps)]
+    cells, _ = cells_of(*runs, by=["steps"])
+    rows = rows_of(analyze.budget_table(cells))
+    assert [row[1:7] for row in rows] == [["ttt", "102k", "2", "200", "50", "25%"], ["ttt", "410k", "2", "300", "200", "67%"]]
+    lines = [line for line in analyze.figure_budget(cells).axes[0].lines if line.get_label() == "ttt"]
+    assert [line.get_ydata().round(2).tolist() for line in lines] == [[0.25, 0.67]]
+    panels = analyze.figure_won_back(cells).axes
+    assert [ax.get_title() for ax in panels] == ["T = 512 steps=100", "T = 512 steps=400"]
+    assert [[round(float(line.get_ydata()[0]), 3) for line in ax.lines[:3]] for ax in panels] == [[1.205, 1.005, 1.155], [1.305, 1.005, 1.105]]
+    one = [cell for cell in cells if cell.one.config["steps"] == 100]
+    assert analyze.budget_table(one) == "" and analyze.figure_budget(one) is None
+
+
 def test_detectable_difference():
     """A difference of that size, drawn again and again with the same scatter, is significant in 80% of the draws."""
     diffs = [0.3, -0.5, 0.1, 0.2]

@@ -186,7 +186,7 @@ class Length(Toy):
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
-    n_head: int = option(0, "heads; 0 = 2; parity, s3 and s5: 4", "toy", low=0)
+    n_head: int = option(0, "heads; 0 = 2; s3 and s5: 4", "toy", low=0)
     pos: str = option("rope", "positions in attention: rope, alibi or none", "toy", ("rope", "alibi", "none"))
     token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three "
                                "before it", "toy")
@@ -825,6 +825,7 @@ class Task(NamedTuple):
 
 
 PAIRS = ("capacity", "mqar")
+BY_PARITY = dict(steps=1000, batch_size=64, train_shares=(1 / 4, 1 / 2, 1))
 BY_PRODUCT = dict(steps=1000, batch_size=64, n_head=4, train_shares=(1 / 8, 1 / 4, 1 / 2, 1), growing=0.5)
 BY_PAIRS = dict(T=256, limits=(64, 2 * KEYS), steps=1000, train_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),
                 test_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), summary=held_text, column="held",
@@ -835,7 +836,7 @@ TASKS = {
     "copy": Task(copy, 18),
     "repeat": Task(repeat, 290),
     "recall": Task(recall, 152),
-    "parity": Task(partial(product, n=2), 2, "attention and β < 1 guess (.5), β up to 2 holds it", **BY_PRODUCT),
+    "parity": Task(partial(product, n=2), 2, "attention and β < 1 guess (.5), β up to 2 holds it", **BY_PARITY),
     "s3": Task(partial(product, n=3), 6, "two writes a token hold it, one does not", **BY_PRODUCT),
     "s5": Task(partial(product, n=5), 120, "four writes a token hold it, fewer do not", **BY_PRODUCT),
     "capacity": Task(partial(pairs, split=False), 9 + KEYS + VALUES * KEYS, "more state, more pairs", **BY_PAIRS),
