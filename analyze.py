@@ -725,10 +725,10 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
             repeats.append(f"seed {run.seed} of {label}, T={run.T}: {kept.path} is kept, {run.path} is left out "
                            f"(these two runs of one seed differ by {apart:.2f} mBPB)")
 
-    # floor, local and global come first, then all others in the order of their names
+    # floor, local and global come first, then all others in the order of their names, each memory's together
     def place(cell: Cell) -> tuple:
         rank = {"floor": 0, "local": 1, "global": 2}.get(cell.base, 3)
-        return cell.study, cell.T, rank, cell.label
+        return cell.study, cell.T, rank, cell.base, cell.label
 
     return sorted(cells.values(), key=place), repeats
 
@@ -1029,15 +1029,17 @@ def score_table(cells) -> str:
     """
     names = ("total_params", "memory_params", "flops_per_token", "state_bytes", "tokens_per_second", "minutes",
              "peak_mib")
-    head = ["T", "condition", "n", "bpb", "parameters", "more than memory=none", "FLOPs/token", "state bytes",
-            "tokens/s", "minutes", "peak MiB"]
+    head = ["T", "condition", "learning rate", "n", "bpb", "parameters", "more than memory=none", "FLOPs/token",
+            "state bytes", "tokens/s", "minutes", "peak MiB"]
     rows = []
     for c in cells:
         costs = {name: human(np.median(c.costs(name))) if c.costs(name) else None for name in names}
         minutes = c.costs("minutes")
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
-        rows.append([c.T, c.label, len(c.runs), mean_and_spread(c, digits=5), *costs.values()])
+        # as text, since a table gives a float four decimals
+        rate = str(c.one.config.get("lr", "-"))
+        rows.append([c.T, c.label, rate, len(c.runs), mean_and_spread(c, digits=5), *costs.values()])
     return table(head, rows, left=2)
 
 
@@ -1085,8 +1087,11 @@ def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
 
 
 def other_differences(comparison: Comparison) -> list[str]:
-    """The settings that differ besides memory and window, and besides what follows from these two."""
-    own = {"memory", "memory_layers", "window", "total_params", "memory_params", "flops_per_step"}
+    """The settings that differ besides memory and window, and besides what follows from these two.
+
+    The learning rate is not among them: each condition may have one of its own, and the table of scores shows it.
+    """
+    own = {"memory", "memory_layers", "window", "lr", "total_params", "memory_params", "flops_per_step"}
     different = differing(comparison.cell.one, comparison.against.one)
     return [key for key in different if key not in own and not owner(key)]
 
@@ -1723,7 +1728,7 @@ PEER_NOTE = """These files follow memory-bench's schema. Its persistent runs att
 compare them with global. The matrices of its memories were trained by another optimizer (AdamW) than
 those of its baseline (Muon).
 """
-SETUP = "depth n_layer n_embd n_head short_window tokenizer steps batch_size train_tokens optimizer lr device".split()
+SETUP = "depth n_layer n_embd n_head short_window tokenizer steps batch_size train_tokens optimizer device".split()
 
 
 def setup_text(cells) -> str:

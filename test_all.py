@@ -3249,8 +3249,14 @@ def test_cells_pairs_repeats_mixtures_and_baselines():
     cells, _ = cells_of(*(result(m, config={"n_layer": n}) for m in ("none", "ttt") for n in (2, 4)), by=["n_layer"])
     assert cells[3].label == "ttt n_layer=4"
     assert analyze.baseline(cells[3], cells, "local").label == "local n_layer=4"
-    unequal, _ = cells_of(result(), result("ttt", config={"lr": 0.5}))
-    assert "\n- ttt and local: lr\n" in analyze.difference_table(unequal)
+    unequal, _ = cells_of(result(), result("ttt", config={"lr": 0.5, "clip": 2.0}))
+    assert "\n- ttt and local: clip\n" in analyze.difference_table(unequal)
+    # the cells of one memory stand together; each shows its own learning rate, which is no other difference
+    rates = {("mosaic2", "all"): 0.003, ("mosaic", "1+3"): 0.012, ("mosaic", "all"): 0.006, ("none", "all"): 0.01}
+    cells, _ = cells_of(*(result(m, config=dict(lr=rate, memory_layers=layers, n_layer=4)) for (m, layers), rate in rates.items()))
+    assert [row[1:3] for row in rows_of(analyze.score_table(cells))] == [
+        ["local", "0.01"], ["mosaic", "0.006"], ["mosaic@1+3", "0.012"], ["mosaic2", "0.003"]]
+    assert "Not only" not in analyze.difference_table(cells)
 
 
 def test_buckets_recombine_and_give_deficit_gain_and_closure():
