@@ -234,14 +234,18 @@ def panels(rows: int, cols: int, size: tuple, **more):
 
 
 def picture(figure) -> bytes:
-    """The figure as a PNG, which every script writes as it writes its other files.
-
-    The figure is closed, so that matplotlib does not keep it.
-    """
+    """The bytes of the figure's PNG. The figure is closed, so that matplotlib does not keep it."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     plt.close(figure)
     return png.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that stands under its name whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
@@ -282,7 +286,7 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
                 ax.text(column, line, shown, family="monospace", fontsize=9, ha="center", va="center_baseline")
         image = ax.imshow(colours, cmap=SAVED, vmin=-top, vmax=top, aspect="auto")
         ax.axis("off")
-        title = f"{label}: {bits.mean():+.3f} bits a token, beyond its window of {passage['window']} tokens"
+        title = f"{label}: {bits.mean():+.3f} bits a token saved by what is more than {passage['window']} tokens back"
         ax.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=axes, label="saved by the carried state (bits a token)", extend="both", aspect=40)
     return figure
@@ -354,6 +358,8 @@ def read_abilities(folder: Path) -> dict[str, dict]:
     seeds = {}  # memory, ability, all settings -> the numbers of the seeds
     for path in sorted(folder.glob("*/*/result.json")):
         result = json.loads(path.read_text())
+        if not is_toy(result):
+            continue
         config = result["config"]
         ability = config.get("task", result["toy"])
         if ability in ABILITIES and config.get("automata", 1000) == 1000:
@@ -539,7 +545,7 @@ def read_run(path: Path) -> RunRecord | None:
     # memory-bench has other names for memory and log; everything but the memory may be missing
     memory = content.get("memory", content.get("mechanism"))
     config = content.get("config") or {}
-    T = content.get("max_seq_len", 2048)
+    T = content.get("max_seq_len", 2048 if "mechanism" in content else None)    # memory-bench leaves its usual 2048 out
     by_position = content.get("bpb_by_position") or {}
     log = content.get("log") or content.get("curve") or []
 
@@ -1064,9 +1070,10 @@ def comparisons(cells) -> list[Comparison]:
         # the windowed baseline is compared with nothing: global is compared with it
         if others[0] is c:
             continue
-        for against in others:
-            if against is not None and against is not c:
-                found.append(Comparison(c, against, paired(c.bpb(), against.bpb())))
+        # one cell may play two of these parts
+        others = {id(against): against for against in others if against is not None and against is not c}
+        for against in others.values():
+            found.append(Comparison(c, against, paired(c.bpb(), against.bpb())))
     return found
 
 
@@ -1078,12 +1085,13 @@ def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
         return None
     chosen = set(map(int, layers.split("+")))
     letters = "".join("L" if layer in chosen else "S" for layer in range(config["n_layer"]))
+    candidates = []
     for other in cells:
         # the pattern of the other, tiled over the layers
         tiled = (other.one.window * len(letters))[:len(letters)]
         if (other.study, other.T, other.one.memory, tiled) == (cell.study, cell.T, "none", letters):
-            return other
-    return None
+            candidates.append(other)
+    return min(candidates, key=lambda other: len(differing(other.one, cell.one)), default=None)
 
 
 def other_differences(comparison: Comparison) -> list[str]:
@@ -1127,6 +1135,7 @@ class PositionCurves(NamedTuple):
     """bpb by position of a condition and its two baselines, (n,P) each: n seeds, P buckets of positions."""
     cell: Cell
     positions: list
+    sizes: list               # bytes in each bucket; 1 where the files do not say
     windowed: np.ndarray
     memory: np.ndarray
     ceiling: np.ndarray
@@ -1169,9 +1178,9 @@ def position_curves(cells) -> Iterator[PositionCurves]:
         trio = (windowed, c, ceiling)
         seeds = [seed for seed in shared if all(measured_on(cell.runs[seed]) == first for cell in trio)]
         if seeds:
-            positions, _ = first
+            positions, sizes = first
             curves = [stacked_curves(cell, seeds) for cell in trio]
-            yield PositionCurves(c, positions, *curves)
+            yield PositionCurves(c, positions, sizes or [1] * len(positions), *curves)
 
 
 def recombination(cells) -> str:
@@ -1229,11 +1238,12 @@ def won_back_table(cells) -> str:
         for begin, end in itertools.pairwise(begins):
             text = None
             if id(c) in curves:
-                _, positions, of_windowed, of_memory, of_global = curves[id(c)]
-                inside = [begin <= position < end for position in positions]
-                if any(inside):
-                    G = (of_windowed - of_memory)[:, inside].sum(1)
-                    D = (of_windowed - of_global)[:, inside].sum(1)
+                _, positions, sizes, of_windowed, of_memory, of_global = curves[id(c)]
+                weights = [size if begin <= position < end else 0 for position, size in zip(positions, sizes)]
+                if any(weights):
+                    # bits per byte of several buckets are their mean, weighted by bytes
+                    G = np.average(of_windowed - of_memory, 1, weights)
+                    D = np.average(of_windowed - of_global, 1, weights)
                     text = closure_text(G, D)
             row.append(text)
         rows.append(row)
@@ -1264,12 +1274,13 @@ def length_table(cells) -> str:
 
 
 def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
-    """(T, condition) -> what it wins back after each number of training tokens, the fewest first. What was trained for
-    one number alone is left out."""
+    """(T, label without its steps) -> what it wins back after each number of training tokens, the fewest first. What was
+    trained for one number alone is left out."""
     found = {}
     for won in won_back(cells):
         if won.cell.costs("train_tokens"):
-            found.setdefault((won.cell.T, won.cell.one.condition), {})[training_tokens(won)] = won
+            label = " ".join(word for word in won.cell.label.split(" ") if not word.startswith("steps="))
+            found.setdefault((won.cell.T, label), {})[training_tokens(won)] = won
     return {key: [budgets[tokens] for tokens in sorted(budgets)] for key, budgets in found.items() if len(budgets) > 1}
 
 
@@ -1295,15 +1306,15 @@ def budget_table(cells) -> str:
 def position_table(cells) -> str:
     """Deficit, gain and their correlation over positions, for every condition."""
     rows = []
-    for c, positions, windowed, memory, ceiling in position_curves(cells):
+    for c, positions, sizes, windowed, memory, ceiling in position_curves(cells):
         n = len(windowed)
         if n < MIN_SEEDS:
             rows.append([c.T, c.label, n, NOT_ENOUGH, None, None, None, None])
             continue
 
         # means over positions, one for each seed
-        D = (windowed - ceiling).mean(1)
-        G = (windowed - memory).mean(1)
+        D = np.average(windowed - ceiling, 1, sizes)
+        G = np.average(windowed - memory, 1, sizes)
         r, noise, split = gain_deficit(windowed, memory, ceiling)
         rows.append([
             c.T, c.label, n,
@@ -1539,8 +1550,10 @@ def figure_budget(cells):
         ax.set(title=f"T = {T}", xscale="log", xlabel="training tokens")
         ax.xaxis.set_major_formatter(human)
     axes[0, 0].set_ylabel("closure (0 = windowed, 1 = global)")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
+    handles = {}
+    for ax in axes[0]:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -1563,7 +1576,7 @@ def figure_position(cells):
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
 
-    for ax, (c, positions, windowed, memory, ceiling) in zip(axes.flat, found):
+    for ax, (c, positions, _, windowed, memory, ceiling) in zip(axes.flat, found):
         deficit = 1000 * (windowed - ceiling)
         gain = 1000 * (windowed - memory)
         # a bucket is drawn at its middle; the last one ends at T
@@ -1673,7 +1686,7 @@ peak memory is the GPU's, or that of the process if there was no GPU.
 DIFFERENCES = f"""
 Runs of one seed have read the same batches. So a difference is taken seed by seed, condition minus
 baseline, over the n seeds that both have. It is in mBPB (0.001 bits per byte); a negative one is better
-than the baseline. Below {MIN_SEEDS} seeds there is no interval and no test. In brackets stands Holm's
+than the baseline. The learning rates may differ (see above). Below {MIN_SEEDS} seeds there is no interval and no test. In brackets stands Holm's
 correction, over all tests of this table, for each kind of test. Where the interval holds 0, "could be
 seen" is the smallest true difference that so many seeds, scattering like these, would have shown in
 four of five repetitions (power 0.8). With n pairs the exact sign-flip p
@@ -1692,7 +1705,8 @@ Windowed attention (floor, or local where there is no floor) is what a memory ha
 global attention is the ceiling. The gain is windowed − condition; closure is the share
 (windowed − condition)/(windowed − global) of what the window costs. It is undefined where that cost's own
 interval isn't above 0, since there is nothing to win back. Beside the closure over all positions it
-stands for four bands of positions, from the first eighth of a row to its second half.
+stands for four bands of positions, from the first eighth of a row to its second half; these rest on the
+seeds whose curves were measured on the same tokens.
 """
 LENGTHS = """
 Mean bpb ± standard deviation over seeds at each training length, what the window costs there, and the
@@ -1777,7 +1791,7 @@ def report_study(cells, out: Path, number: int) -> str:
         figure = section.figure(cells) if section.figure else None
         if figure is not None:
             name = f"{section.file}{number or ''}.png"
-            (out / name).write_bytes(picture(figure))
+            write_whole(out / name, picture(figure))
             parts.append(f"![{section.title}]({name})\n")
     return "\n".join(parts)
 
@@ -1820,14 +1834,16 @@ def main(argv=None) -> int:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         text = report(cells, repeats, skipped, others, out)
-        (out / "REPORT.md").write_text(text, encoding="utf-8")
+        write_whole(out / "REPORT.md", text.encode())
     except (UserError, OSError) as e:  # an OSError names the file that can't be opened or written
         print(f"error: {e}", file=sys.stderr)
         return 2
 
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
-    print(f"{len(runs)} runs, {len(cells)} conditions, {len(skipped)} files skipped -> {out / 'REPORT.md'}")
+    n_runs = sum(len(c.runs) for c in cells)
+    print(f"{n_runs} runs, {len(cells)} conditions, {len(repeats)} repeated seeds left out, {len(skipped)} files skipped "
+          f"-> {out / 'REPORT.md'}")
     return 1 if skipped else 0
 
 

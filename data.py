@@ -69,6 +69,7 @@ import math
 import os
 import re
 import shutil
+import ssl
 import sys
 import sysconfig
 import time
@@ -120,13 +121,16 @@ BPE_SAMPLE = 24_000_000     # bytes of text that bpe:N is trained on
 # tiktoken takes quadratic time for a run.
 LONGEST_RUN = 2048
 
+# How the names of BabiStories' files end. Each line of them is a story.
+BABI_STORIES = ("traindataset.txt", "valdataset.txt")
+
 # The words that BPE merges within: letters after at most one mark or space, up to 3 digits, marks, line ends, spaces.
 # Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
 WORDS = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class UserError(Exception):
-    """What a user did wrong, in one sentence. A script prints it as "error: ..." and exits with status 2."""
+    """What the user has to know and can change, in one sentence. A script prints it as "error: ..." and exits with status 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,11 +175,15 @@ def replacing(path: str | Path, keep: str | Path | None = None):
 
 @contextlib.contextmanager
 def locked(path: str | Path):
-    """Lets one process at a time through. The others wait here, and then find done what the first one did."""
+    """Lets one process at a time through. The others say so and wait, and then find done what the first one did."""
     with open(path, "a") as file:
         # the lock ends when the file is closed, also by the end of a killed process
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is preparing the data (it holds {path}): waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -227,7 +235,7 @@ class Progress:
         """Tells it that so many bytes are done."""
         # is it time for another line?
         now = time.time()
-        finished = done >= self.total
+        finished = 0 < self.total <= done   # a server may not tell the total
         if self.terminal:
             due = finished or now - self.shown > 0.2
         else:
@@ -318,13 +326,16 @@ def download(url: str, path: str | Path, sha256: str | None = None, quiet: bool 
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {error.reason}"
             if error.code == 416:
-                # the part is as long as the file, or longer: start over
+                # the part is as long as the file, or longer: it is the file, or we start over
+                if sha256 and file_sha256(part) == sha256:
+                    part.replace(path)
+                    return path
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code != 429:
                 # it is our request that is wrong, and not that the server is too busy
                 raise UserError(f"{url} cannot be downloaded: {reason}") from error
             continue
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
             reason = getattr(error, "reason", error)
             continue
 
@@ -385,7 +396,7 @@ def open_shard(path: Path) -> np.ndarray:
     count = header[2]
     if size != SHARD_HEADER + 2 * count:
         raise UserError(f"{path} is truncated or damaged: {count} tokens expected, "
-                        f"{(size - SHARD_HEADER) // 2} found; delete it and run again to download it again")
+                        f"{(size - SHARD_HEADER) // 2} found; replace it (a downloaded one is loaded again once it is deleted)")
     return np.memmap(path, "<u2", "r", SHARD_HEADER)
 
 
@@ -476,7 +487,7 @@ def read_file(file: File) -> Iterator[tuple[str, int]]:
         return read_parquet(file.path)
     if name.endswith(".bin"):
         return read_shard(file.path)
-    if name.endswith((".jsonl", "traindataset.txt", "valdataset.txt")):
+    if name.endswith((".jsonl", *BABI_STORIES)):
         return read_json_lines(file.path)
     return read_plain(file.path)
 
@@ -514,9 +525,13 @@ class Text:
     def found(self) -> Iterator[Document]:
         """Yields every document of the files that is not blank."""
         for file in self.files:
-            for number, (text, replaced) in enumerate(self.read(file)):
-                if text.strip():
-                    yield Document(f"{file.key}:{number}", file.split, text, replaced)
+            try:
+                for number, (text, replaced) in enumerate(self.read(file)):
+                    if text.strip():
+                        yield Document(f"{file.key}:{number}", file.split, text, replaced)
+            except OSError as error:
+                raise UserError(f"cannot read {file.path}: {error.strerror}; put it back, or name the corpus without "
+                                "it") from error
 
     def documents(self) -> Iterator[Document]:
         """Yields every document. A lone one is cut in two, so that there is something to train and to validate on."""
@@ -889,7 +904,7 @@ def get_encoding(tokenizer: str, text: Text | None = None, cache: str | Path = "
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """The tokens of a text. Nothing in a text is special: the characters <|endoftext|> are encoded like others."""
     # bytes need no tiktoken
-    if encoding.n_vocab == 257:
+    if encoding.name == "byte":
         return np.frombuffer(text.encode(), np.uint8)
 
     # tiktoken takes minutes for a very long run (no white space, or line ends only): then the whole text is cut

@@ -74,7 +74,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, did_you_mean, encode
+from data import BABI_STORIES, UserError, did_you_mean, encode
 from model import (GPT, MEMORIES, Attention, Block, ContextualMemory, GatedKey, ShortAndLongMemory, check_options,
                    option, state_bytes)
 from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
@@ -224,17 +224,21 @@ class Run(NamedTuple):
 def open_runs(paths: list[str], opts: Options) -> list[Run]:
     """The trained runs in these folders, on the device that is asked for. Raises UserError."""
     runs = []
-    # One run may match two patterns of a shell: it is opened once.
-    for path in map(Path, dict.fromkeys(paths)):
+    opened = set()
+    for path in map(Path, paths):
         if not path.exists():
             siblings = path.parent.iterdir() if path.parent.is_dir() else []
             hint = did_you_mean(str(path), map(str, siblings)) or "; give a folder that train.py wrote"
             raise UserError(f"there is no {path}{hint}")
-        model, cfg, _ = load_run(path)
+        # One run may match two patterns of a shell, or be given by several of its files: it is opened once.
+        folder = path if path.is_dir() else path.parent
+        if folder.resolve() in opened:
+            continue
+        opened.add(folder.resolve())
+        model, cfg, _ = load_run(folder)
 
         # What was trained in bfloat16 can be read on a CPU too, in float32.
         cfg = replace(cfg, device=opts.device, dtype="float32" if cfg.dtype == "float32" else "auto")
-        folder = path if path.is_dir() else path.parent
         runs.append(Run(folder, "", model.to(pick_device(cfg)), cfg))
 
     # Runs that only a folder tells apart are called by their folders.
@@ -655,9 +659,11 @@ def task_ood(runs: list[Run], opts: Options) -> None:
     model's own tokens."""
     results = []
     for run in runs:
-        # A tokenizer that was trained on the run's corpus is asked for by that corpus's name.
+        # A tokenizer that was trained on the run's corpus is asked for by that corpus's name, if the
+        # corpus, and so the tokenizer, is still the one of the training.
         tokenizer = run.cfg.tokenizer
         if tokenizer.startswith("bpe") and "@" not in tokenizer:
+            run.corpus()
             tokenizer += f"@{run.cfg.dataset}"
 
         corpus = load_corpus(opts.dataset, tokenizer)
@@ -1109,11 +1115,19 @@ def attention_row(layer: dict) -> list:
 def task_attention(runs: list[Run], opts: Options) -> None:
     """Shares of the last position's attention at the training length and at three times that."""
     for run in runs:
+        if not attention_layers(run):
+            save_result(run, "attention", dict(layers=[], limits={}))
+            print(f"{run.label}: no layer of it attends")
+            continue
         corpus = run.corpus()
         L = run.cfg.max_seq_len
         found = []
         limits = {}
         for length in (L, 3 * L):
+            if not has_rows(corpus, length):
+                limits[length] = "too little validation text"
+                print(f"{run.label} at {length} tokens: {limits[length]}")
+                continue
             try:
                 found += attention_profiles(run, corpus, length, opts.sequences)
             except FAILURES as e:
@@ -1121,9 +1135,7 @@ def task_attention(runs: list[Run], opts: Options) -> None:
                 print(f"{run.label} at {length} tokens: {limits[length]}")
         save_result(run, "attention", dict(layers=found, limits=limits))
 
-        if not attention_layers(run):
-            print(f"{run.label}: no layer of it attends")
-        elif not found:
+        if not found:
             print(f"{run.label}: nothing to show")
         else:
             n = found[0]["sequences"]
@@ -1242,10 +1254,10 @@ PROMPTS = [" ".join(prompt.split()) for prompt in TABLE_1.split("|")]
 
 def tells_stories(dataset: str) -> bool:
     """Is it a corpus of children's stories: TinyStories, or a file or folder of BabiStories (its
-    *dataset.txt)?"""
+    traindataset.txt or valdataset.txt)?"""
     path = Path(dataset)
     files = path.iterdir() if path.is_dir() else [path]
-    return "stories" in dataset.lower() or any(file.name.endswith("dataset.txt") for file in files)
+    return "stories" in dataset.lower() or any(file.name.endswith(BABI_STORIES) for file in files)
 
 
 def document_beginnings(corpus, documents: int = 8, tokens: int = 120, lines: int = 3) -> list[str]:
@@ -1398,11 +1410,15 @@ def speed_of(run: Run, opts: Options) -> dict:
     return dict(points=points, limit=reason, reached=context)
 
 
+def with_memory(run: Run, memory: str) -> RunConfig:
+    """The run's configuration with another memory. Raises UserError if there is no such model."""
+    return checked(RunConfig, **dict(vars(run.cfg), memory=memory, memory_layers="all"))
+
+
 def untrained(run: Run, memory: str, opts: Options) -> Run:
     """A model of the run's shape with another memory: what its weights are does not change how long
     it takes."""
-    settings = dict(vars(run.cfg), memory=memory, memory_layers="all")
-    cfg = checked(RunConfig, **settings)
+    cfg = with_memory(run, memory)
     torch.manual_seed(opts.seed)
     model = GPT(cfg.architecture()).eval().to(pick_device(cfg))
     other = run._replace(model=model, cfg=cfg)
@@ -1411,6 +1427,9 @@ def untrained(run: Run, memory: str, opts: Options) -> Run:
 
 def task_speed(runs: list[Run], opts: Options) -> None:
     """What a context costs, in time and memory."""
+    # What cannot be built is refused before anything is measured.
+    for run, memory in itertools.product(runs, opts.other_memories()):
+        with_memory(run, memory)
     measured = []
     rows = []
     for run in runs:
@@ -1505,10 +1524,20 @@ TASKS = {
 }
 
 
+def note_unused(opts: Options) -> None:
+    """Says which options no task reads that is to be done, and goes on."""
+    for f in fields(Options):
+        readers = f.metadata["group"]
+        is_read = readers == "every task" or set(readers.split(", ")) & set(opts.tasks())
+        if not is_read and getattr(opts, f.name) != f.default:
+            print(f"note: --{f.name} changes nothing, because only these tasks read it: {readers}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, or 2 after bad input"""
     try:
         paths, opts = parse_args(sys.argv[1:] if argv is None else argv)
+        note_unused(opts)
         runs = open_runs(paths, opts)
         with memory_ceiling(pick_device(runs[0].cfg)):
             for name in opts.tasks():

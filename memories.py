@@ -25,12 +25,14 @@ Glossary (name in the code = symbol in the paper)
     token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
                        starts; W_start and b_start are those at the start of a mini-batch
-    grad = ∇           inner gradient of a token's loss; a name that begins with d, as dq, is a gradient of the training
+    grad = ∇           inner gradient of a token's loss, and lr_grad = η ∇. Sums over a mini-batch are grad_W, Σ η kᵀ ∇,
+                       and grad_b, Σ η ∇. A name that begins with d, as dq, is a gradient of the training
     decay = λ          share of the key average that a token keeps; log_decay is log λ
     gate = g           how much of a token enters the key average
     C                  tokens in a chunk; in the comments on chunks Q, K, V stack the chunk's q, k, v
     state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               "loop", "chunk", "triton", or "auto": triton for CUDA tensors of a supported shape, else chunk
+                       (a single token takes the loop, except in ttt_linear; leaky_average has no kernel)
 
 Every function continues from a state exactly: f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
 
@@ -303,16 +305,14 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale, erase):
     log_alpha = chunks(log_alpha)                                                       # (B,H,n,C)
     beta = chunks(beta)[..., None]                                                      # (B,H,n,C,1)
 
-    # γ_i, and γ_C/γ_i, the share of write i that is left at the chunk's end
-    log_gamma = log_alpha.cumsum(-1)
-    gamma = log_gamma.exp()[..., None]                                                  # (B,H,n,C,1)
-    to_end = (log_gamma[..., -1:] - log_gamma).exp()[..., None]
+    gamma = log_alpha.cumsum(-1).exp()[..., None]                                       # γ_i  (B,H,n,C,1)
 
     # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair of tokens: as the difference of two long
     # sums it would be lost by rounding where the decay is strong.
     later = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1)                 # row j: log α_l for l > j
     log_Gamma = later.cumsum(-1).mT                                                     # row i: the sums up to i
     Gamma = log_Gamma.exp().tril()                                                      # (B,H,n,C,C), 0 for i < j
+    to_end = Gamma[..., -1, :, None]                    # γ_C/γ_i, the share of write i that is left at the chunk's end
 
     # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. To the solver the diagonal is ones,
     # so A stands for I + A.
@@ -508,14 +508,15 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
             pos = 0
 
     # Then the queries of all mini-batches at once. Zeros stand for the tokens that the first and the
-    # last mini-batch lack: they ask for nothing.
-    def by_batch(x):
+    # last mini-batch lack: they change nothing.
+    def by_mini_batch(x):
         lacking = len(sizes) * K - seen - T
         return F.pad(x, (0, 0, seen, lacking)).unflatten(2, (len(sizes), K))            # (B,H,n,K,D)
 
-    queries = by_batch(q)
-    own = (queries @ by_batch(k).mT + 1).tril() @ by_batch(torch.cat(lr_grads, 2))      # the 1 is the bias's share
-    if seen > 0:    # what the first mini-batch's tokens of an earlier call asked for
+    queries = by_mini_batch(q)
+    weights = (queries @ by_mini_batch(k).mT + 1).tril()                                # the 1 is the bias's share
+    own = weights @ by_mini_batch(torch.cat(lr_grads, 2))
+    if seen > 0:    # the gradients of the first mini-batch's tokens that an earlier call has read
         first = own[:, :, :1] + queries[:, :, :1] @ earlier_W[:, :, None] + earlier_b[:, :, None, None]
         own = torch.cat([first, own[:, :, 1:]], 2)
     z_q = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :] - token_scale[:, None] * own
@@ -562,8 +563,9 @@ def kernel(function):
 def tuned(row, dtype: torch.dtype, largest: int = 0) -> dict:
     """A row of TUNING as launch options. No block is wider than `largest`, the dimension that it divides.
 
-    float32 is there to be exact and not to be fast. Its products take three passes in tf32, or none
-    where these would not fit into shared memory. For 16-bit inputs the precision has no effect."""
+    float32 is there to be exact and not to be fast. Each of its products is three products in tf32,
+    or, where these would not fit into shared memory, one in float32 proper (ieee). For 16-bit inputs
+    the precision has no effect."""
     options = dict(TUNING[row])
     for block in ("BV", "BK", "BD"):
         if block in options:
@@ -621,7 +623,7 @@ def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.co
                 BD: tl.constexpr, PREC: tl.constexpr):
     """log γ = cumsum(log α)      inverse = (I + L)^-1 ⊙ Γ,  L = tril(K Kᵀ, -1) diag(β)      P = scale tril(Q Kᵀ) ⊙ Γ
 
-    There is one program for a chunk of 32 and head. In registers are the 32×32 products, summed
+    There is one program for each chunk of 32 tokens of each head. In registers are the 32×32 products, summed
     over BD columns of q and k at a time. It reads q, k, log α and β once, and writes log γ and two
     triangles. The two 16×16 blocks on the diagonal are inverted by forward substitution, both at
     once, and merged by products. A power series of L would overflow where keys are alike."""
@@ -650,21 +652,22 @@ def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.co
     b_beta = tl.load(beta + o_t * H, mask=m_t, other=0.0)
     b_log_gamma = tl.cumsum(tl.load(log_alpha + o_t * H, mask=m_t, other=0.0), 0)
 
-    # D, the inverse of I + the blocks of L on the diagonal:  row_i = e_i - Σ_{j<i} L_ij row_j
+    # X, the inverse of I + the blocks of L on the diagonal:  row_i = e_i - Σ_{j<i} L_ij row_j
     m_block = (o_c[:, None] // 16) == (o_c[None, :] // 16)
     b_LT = tl.where(m_block & (o_c[:, None] < o_c[None, :]), b_L * b_beta[:, None], 0.0)  # Lᵀ: K Kᵀ is symmetric
-    b_D = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
+    b_X = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
     for i in range(1, 16):
         b_column = tl.sum(tl.where((o_c % 16 == i)[None, :], b_LT, 0.0), 1)               # L_ij, j along the rows
-        b_row = tl.sum(b_column[:, None] * b_D, 0)
-        b_D = tl.where(m_block & (o_c % 16 == i)[:, None], b_D - b_row[None, :], b_D)
+        b_row = tl.sum(b_column[:, None] * b_X, 0)
+        b_X = tl.where(m_block & (o_c % 16 == i)[:, None], b_X - b_row[None, :], b_X)
 
-    # with L now the block below the diagonal:  (D^-1 + L)^-1 = D - D L D, because L D L = 0
+    # from here on L is the block below the diagonal:  (X^-1 + L)^-1 = X - X L X, because L X L = 0
     b_L = tl.where(m_block, 0.0, tl.where(o_c[:, None] > o_c[None, :], b_L * b_beta[None, :], 0.0))
-    b_inverse = tl.dot(b_L, b_D, input_precision="tf32x3")          # float32, in three products of tf32
-    b_inverse = b_D - tl.dot(b_D, b_inverse, input_precision="tf32x3")
+    b_inverse = tl.dot(b_L, b_X, input_precision="tf32x3")          # float32, in three products of tf32
+    b_inverse = b_X - tl.dot(b_X, b_inverse, input_precision="tf32x3")
 
-    # Γ from differences of log γ, which are at most 0 where i >= j: γ itself may underflow, 1/γ would overflow
+    # Γ from differences of log γ, which a chunk of 32 tokens leaves exact enough. They are at most 0
+    # where i >= j, while γ itself may underflow and 1/γ overflow.
     b_log_Gamma = tl.where(o_c[:, None] >= o_c[None, :], b_log_gamma[:, None] - b_log_gamma[None, :], float("-inf"))
     b_Gamma = tl.exp(b_log_Gamma)
     p_C = (i_bh * n + i_n) * 1024 + o_c[:, None] * 32 + o_c[None, :]
@@ -820,8 +823,8 @@ def _delta_grads(q, k, log_alpha, beta, do, error, dv, S_chunk, dS_chunk, dq, dk
 
         d(log γ_i) = q_i·dq_i + k_i·dk_read_i - k_i·dk_write_i + [i = C] ⟨S', dS⟩
 
-    There is one program for a chunk of 64 and head; E and dV do not depend on the chunk, so that
-    this one may be longer than the walk's. In registers are dP and dL, and BK rows at a time of
+    There is one program for each chunk of 64 tokens of each head. E and dV are the same however long
+    chunks are, so that these may be longer than the walk's. In registers are dP and dL, and BK rows at a time of
     dqᵀ, dk_readᵀ and xᵀ, which would not fit as a whole. It reads q, k, dO, E, dV, S and dS, and
     writes dq, dk, d(log α) and dβ, all once."""
     i_n = tl.program_id(0)
@@ -1084,7 +1087,7 @@ def _ttt_output(q, k, lr_grad, token_scale, ln_weight, ln_bias, W_chunk, b_chunk
     """Zq = Q W + b - ((Q Kᵀ + 1) ⊙ M) G      M_ij = s_K for j in an earlier mini-batch, s_i for j <= i in the same one
     o = q + LN(Zq)
 
-    There is one program for a chunk of 64 tokens and head; W and b are those of its start. In
+    There is one program for each chunk of 64 tokens of each head; W and b are those of its start. In
     registers are the 64×64 weights and Zqᵀ (D, 64). It reads q, k, G and W, and writes o; for the
     backward pass also ẑq and 1/σq."""
     i_n = tl.program_id(0)
@@ -1133,9 +1136,9 @@ def _ttt_output(q, k, lr_grad, token_scale, ln_weight, ln_bias, W_chunk, b_chunk
 def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma, zq_hat, inv_sigma_q, do, dW_end,
                   db_end, dv, dz, dzq, dlr, dscale_K, dln_weight, dln_bias, dW_chunk, dW_start, db_start, T, n,
                   H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PREC: tl.constexpr):
-    """With y = do ⊙ w, r = 1/σ, and Y = K dW + db, which is what the next mini-batch asks for:
+    """With y = do ⊙ w, r = 1/σ, and N = K dW + db, the part of the next mini-batches:
 
-        dZq = r_q (y - mean y - ẑq mean(y ẑq))             dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K Y
+        dZq = r_q (y - mean y - ẑq mean(y ẑq))             dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K N
         h = e - mean e - ẑ m,  m = mean(e ẑ)               G = η r h      dη = r dG·h      u = η r dG
         de = u - mean u - ẑ a,  a = mean(u ẑ)              dv = -w de
         dẑ = w² de - m u - a e                             dZ = r (dẑ - mean dẑ - ẑ (mean(dẑ ẑ) + mean(u h)))
@@ -1146,8 +1149,8 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
     ẑq, and writes dv, dZ, dZq, and dW at the end of every 64 tokens. W does not appear, because
     what depended on it is in ẑ and ẑq. As in _ttt_forward the step of dW is taken one piece late,
     and a mini-batch of more than 16 tokens is walked in pieces of 16, for all of which b_dW_end and
-    b_db_end are those at its end. What its later pieces ask of the earlier ones through Q Kᵀ + 1 is
-    collected in X = Σ s qᵀ dZq and x = Σ s dZq."""
+    b_db_end are those at its end. Through Q Kᵀ + 1 its later pieces have a part in the gradient of
+    the earlier ones, which is collected in later_W = Σ s qᵀ dZq and later_b = Σ s dZq."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
@@ -1169,7 +1172,7 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
     inv_sigma_q = inv_sigma_q + p_T
     dlr = dlr + p_T
 
-    # what walks: dW and db, and the piece after this one, whose step of dW and X is still to be taken
+    # what walks: dW and db, and the piece after this one, whose step of dW and later_W is still to be taken
     p_W = o_d[:, None] * D + o_d[None, :]
     b_dW = tl.load(dW_end + i_bh * D * D + p_W)
     b_db = tl.load(db_end + i_bh * D + o_d)
@@ -1184,8 +1187,8 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
     b_late_scaled_dzq = tl.zeros([16, D], k.dtype.element_ty)
     b_dW_end = b_dW.to(k.dtype.element_ty)
     b_db_end = b_db
-    b_X = tl.zeros([D, D], tl.float32)
-    b_x = tl.zeros([D], tl.float32)
+    b_later_W = tl.zeros([D, D], tl.float32)
+    b_later_b = tl.zeros([D], tl.float32)
     for i in range(n):
         # the step of the piece after:  dW <- dW + Kᵀ dZ + Qᵀ dZq
         i_n = n - 1 - i
@@ -1195,12 +1198,12 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
         b_dW = tl.dot(tl.trans(b_q), b_late_dzq, b_dW, input_precision=PREC)
         b_dW = tl.dot(tl.trans(b_k), b_late_dz, b_dW, input_precision=PREC)
         if K > 16:
-            b_X = tl.dot(tl.trans(b_q), b_late_scaled_dzq, b_X, input_precision=PREC)
+            b_later_W = tl.dot(tl.trans(b_q), b_late_scaled_dzq, b_later_W, input_precision=PREC)
             if i_n % (K // 16) == K // 16 - 1:                      # a mini-batch's last piece, the first one met
                 b_dW_end = b_dW.to(b_k.dtype)
                 b_db_end = b_db
-                b_X = b_X * 0.0
-                b_x = b_x * 0.0
+                b_later_W = b_later_W * 0.0
+                b_later_b = b_later_b * 0.0
         else:
             b_dW_end = b_dW.to(b_k.dtype)
             b_db_end = b_db
@@ -1225,13 +1228,13 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
         b_scaled_dzq = tl.load(token_scale + i_n % (K // 16) * 16 + o_i)[:, None] * b_dzq
         b_late_scaled_dzq = b_scaled_dzq.to(b_k.dtype)
 
-        # dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K Y, and what the later pieces ask for:  -(K X + x)
+        # dG = -tril(Q Kᵀ + 1)ᵀ (s dZq) - s_K N, and the part of the later pieces:  -(K later_W + later_b)
         b_QK = tl.where(o_i[:, None] >= o_i[None, :], tl.dot(b_q, tl.trans(b_k), input_precision=PREC) + 1.0, 0.0)
-        b_Y = tl.dot(b_k, b_dW_end, input_precision=PREC) + b_db_end[None, :]
-        b_dG = -tl.dot(tl.trans(b_QK.to(b_k.dtype)), b_late_scaled_dzq, input_precision=PREC) - b_scale_K * b_Y
+        b_next = tl.dot(b_k, b_dW_end, input_precision=PREC) + b_db_end[None, :]
+        b_dG = -tl.dot(tl.trans(b_QK.to(b_k.dtype)), b_late_scaled_dzq, input_precision=PREC) - b_scale_K * b_next
         if K > 16:
-            b_dG -= tl.dot(b_k, b_X.to(b_k.dtype), input_precision=PREC) + b_x[None, :]
-            b_x += tl.sum(b_scaled_dzq, 0)
+            b_dG -= tl.dot(b_k, b_later_W.to(b_k.dtype), input_precision=PREC) + b_later_b[None, :]
+            b_later_b += tl.sum(b_scaled_dzq, 0)
 
         # the inner gradient once more, as G = η r h
         b_error = b_weight * b_z_hat + b_bias + b_k - b_v
@@ -1241,7 +1244,7 @@ def _ttt_backward(q, k, v, lr, token_scale, ln_weight, ln_bias, z_hat, inv_sigma
 
         # dη = r dG·h; that of s_K here is all that the step of W adds to it
         tl.store(dlr + p_t, tl.sum(b_dG * b_h * b_r, 1))
-        b_dscale_K -= tl.sum(b_Y * b_h * (b_r * b_lr), 1)
+        b_dscale_K -= tl.sum(b_next * b_h * (b_r * b_lr), 1)
 
         # u = η r dG      de = u - mean u - ẑ a      dv = -w de, and the gradients of the LayerNorm's weight and bias
         b_u = b_dG * (b_lr * b_r)
@@ -1283,7 +1286,7 @@ def _ttt_grads(q, k, token_scale, lr_grad, dz, dzq, do, dv, W_chunk, dW_chunk, d
         dq = do + dZq Wᵀ - A K            dk = -dv + dZ Wᵀ - s_K G dWᵀ - (B + Bᵀ) K - Aᵀ Q
         ds_i = -Σ_j dZq_i·G_j (q_i·k_j + 1), own mini-batch
 
-    There is one program for a chunk of 64 tokens and head. In registers are A and B + Bᵀ, and BD
+    There is one program for each chunk of 64 tokens of each head. In registers are A and B + Bᵀ, and BD
     rows of dqᵀ and dkᵀ at a time. It reads q, k, G, dZ, dZq, do, dv, W and dW, and writes dq and
     dk, all once."""
     i_n = tl.program_id(0)
@@ -1484,7 +1487,8 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 def example(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K: int = 16, device="cpu",
             dtype=torch.float32, gated: bool = False) -> dict:
     """Arguments of a function as a trained layer would give them. x, q, k and v have the dtype that
-    is asked for; gates, weights and states are in float32 at least. gated: leaky_average's two."""
+    is asked for; gates, weights and states are in float32 at least. gated: leaky_average with a λ and a
+    gate for every token."""
     def normal(*shape):
         return torch.randn(*shape, device=device, dtype=state_dtype(dtype))
 
@@ -1640,7 +1644,7 @@ def launches(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K
 
 
 def report(name: str, shape: str) -> None:
-    """Prints how much each kernel of a function moves and computes at a shape, against the floor."""
+    """Prints how much each kernel of a function moves and computes at a shape, against the least possible."""
     B, T, H, D = SHAPES[shape]
     tokens = B * T * H
     print(f"\n{name}, shape {shape}: B{B} T{T} H{H} D{D} bfloat16")
@@ -1656,12 +1660,12 @@ def report(name: str, shape: str) -> None:
             all_flops += flops
             all_bytes += nbytes
 
-        floor_flops, floor_bytes = least_work(name, part, D)
+        least_flops, least_bytes = least_work(name, part, D)
         microseconds = 1e6 * tokens
-        least = microseconds * at_the_ceilings(floor_flops, floor_bytes)
-        print(f"{part}: {all_bytes:.0f} bytes (floor {floor_bytes}) and {all_flops} FLOPs (floor {floor_flops}) "
+        least = microseconds * at_the_ceilings(least_flops, least_bytes)
+        print(f"{part}: {all_bytes:.0f} bytes (least {least_bytes}) and {all_flops} FLOPs (least {least_flops}) "
               f"a token and head; at an H200's ceilings {microseconds * all_bytes / BYTES_A_SECOND:.0f} us and "
-              f"{microseconds * all_flops / FLOPS_A_SECOND:.0f} us (floor {least:.0f} us)")
+              f"{microseconds * all_flops / FLOPS_A_SECOND:.0f} us (least {least:.0f} us)")
 
 
 def median_ms(fn, repeats: int = 30) -> float:
@@ -1748,9 +1752,9 @@ def main() -> None:
         check("cpu")
     elif torch.cuda.is_available():
         check("cuda")
-        print(f"\n{torch.cuda.get_device_name()}; medians; TFLOP/s and GB/s of the floor's work; "
+        print(f"\n{torch.cuda.get_device_name()}; medians; TFLOP/s and GB/s of the least possible work; "
               "/ is their time over ours")
-        print("                  shape dtype     part      ms      TFLOP/s  GB/s   x floor  / PyTorch  / fla")
+        print("                  shape dtype     part      ms      TFLOP/s  GB/s   x least  / PyTorch  / fla")
         for name, shape in cells:
             benchmark(name, shape)
     else:

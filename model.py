@@ -6,8 +6,8 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
-the state gives the same outputs. A state is None, a tensor, or a tuple of states with names, which is never changed; no
-layer writes into its inputs.
+the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple where they differ in
+kind). It is never changed; no layer writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -55,7 +55,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from memories import TTTState, gated_delta_rule, leaky_average, ttt_linear
+from memories import DELTA_CHUNK, TTTState, gated_delta_rule, leaky_average, ttt_linear
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,8 +302,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
            scale: float | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv).
 
-    The last Tq keys stand at the queries' positions. Query i sees the keys j <= i with i - j <
-    window, and the first n_free keys whatever their distance. slopes (H,) are ALiBi's, from which
+    The last Tq keys stand at the queries' positions. Query i sees keys j <= i alone: those with
+    i - j < window, and the first n_free keys whatever their distance. slopes (H,) are ALiBi's, from which
     the free keys are exempt. Whole sequences without window and slopes are one flash-attention
     call. Otherwise queries go block by block, each with a mask of its own, and a window's block
     meets only the keys of its window: O(T·window).
@@ -593,14 +593,14 @@ class Store(NamedTuple):
     k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
-    used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it; at first, when it was written
+    used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it, or else where it moved in
 
 
 class KNNState(NamedTuple):
     """What window attention remembers, the window's pairs, and the store."""
     local: AttentionState
-    k: Tensor   # (B,Hkv,W,D) unrotated keys of the window's tokens, the next to move into the store
-    v: Tensor   # (B,Hkv,W,D)
+    k: Tensor   # (B,Hkv,w,D) unrotated keys of the window's w <= W tokens, the next to move into the store
+    v: Tensor   # (B,Hkv,w,D)
     store: Store | None
 
 
@@ -628,8 +628,8 @@ class KNNAttention(Attention):
         self.gate = nn.Parameter(torch.zeros(self.H))          # a; σ(0): half local, half retrieved
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token, with one dictionary as the store of a
-        sequence and its head."""
+        """The layer on a whole sequence, token by token, with one dictionary as the store of
+        each sequence and key/value head."""
         q, k, v = self.project(x, None)
         y_window, _ = self.look_back(q, k, v, None)
         q, k = self.by_content(q, k)
@@ -969,9 +969,10 @@ class DeltaNet(nn.Module):
         return x.unflatten(2, (-1, self.steps)).transpose(2, 3).flatten(1, 2)
 
     def flops(self, T):
-        """The rule's chunked form, n steps a token, and the convolution."""
+        """The rule's chunked form, n steps a token, with its triangular solve counted as a full product; and the
+        convolution."""
         heads_and_steps = self.beta.out_features
-        chunk = min(64, T * self.steps)                         # of the chunked form in memories.py
+        chunk = min(DELTA_CHUNK, T * self.steps)
         rule = 2 * chunk * (self.D + self.Dv) + 4 * self.D * self.Dv
         if self.erase:
             rule += 2 * chunk * (2 * self.D + self.Dv) + 2 * self.D * self.Dv
@@ -1043,7 +1044,7 @@ class ContextState(NamedTuple):
     k_bar: Tensor  # (B,H,D)     the leaky average
     k: Tensor      # (B,H,t,D)   the keys: of all tokens, or of a window
     v: Tensor      # (B,H,t-1,D) their values but the last, which waits for the next token
-    u: Tensor      # (B,H,1,D)   that value's first half
+    u: Tensor      # (B,H,1,D)   u of the newest token, the first part of that value
 
 
 class ContextualMemory(nn.Module):
@@ -1065,7 +1066,7 @@ class ContextualMemory(nn.Module):
         self.scale = nn.Parameter(torch.full((H,), -0.5) / EXP_SPEEDUP)                 # τ / 10
         self.out = nn.Linear(C, C, bias=False)
         self.value_gate = value_gate(config, layer, H)
-        self.window = None                                      # pairs that a query sees; None for all
+        self.window = None                      # pairs that a query sees, all before it; None for no limit
 
     def slow(self, x):
         """The layer on a whole sequence, token by token."""
@@ -1096,11 +1097,11 @@ class ContextualMemory(nn.Module):
             u = self.value_gate(u, x, ve)
 
         # Every token but the newest has its successor, and so its value.
-        halves = extend(past_u, u)
+        us = extend(past_u, u)
         with full_precision(x):
             a = self.mix[:, None, None]
             size = self.size()[:, None, None]
-            v = size * unit(a * halves[:, :, :-1] + (1 - a) * halves[:, :, 1:])  # v_i for i < t
+            v = size * unit(a * us[:, :, :-1] + (1 - a) * us[:, :, 1:])     # v_i for i < t
         keys = extend(past_k, k)
         values = extend(past_v, v.to(u.dtype))
 
@@ -1129,8 +1130,9 @@ class ContextualMemory(nn.Module):
         return torch.zeros_like(weights[..., 0]), F.pad(weights, (0, 1))
 
     def flops(self, T):
-        """Causal attention to all of the past, or to a window."""
-        return attention_flops(T, self.window, self.psi.in_features)
+        """Causal attention to all of the past, or to a window, and the leaky average of the keys."""
+        C = self.psi.in_features
+        return attention_flops(T, self.window, C) + 2 * C
 
 
 def feedforward_size(config: Config) -> int:
@@ -1180,23 +1182,26 @@ class PersistentMemory(nn.Module):
         return self.out(join_heads(size * y)), k_bar
 
     def flops(self, T):
-        """Every key is scored and every value mixed."""
-        return 4 * self.P_k.numel()
+        """Every key is scored and every value mixed; and the leaky average of the keys."""
+        C = self.P_k.size(1)
+        return 4 * self.P_k.numel() + 2 * C
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic2: Memory Mosaics v2 (Zhang & Bottou 2025; its code is not public). Each of its four changes can be switched off
 
 class GatedKey(MosaicKey):
-    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8).
-
-    Its slow form is forward(x, None, impl="loop"): what is inherited needs the leak of a head.
-    """
+    """As MosaicKey, but k̄_t = exp(W_g x_t) W_φ x_t + exp(-|W_λ x_t|) k̄_{t-1} per head   (eq. 8)."""
     def __init__(self, config: Config, power: float):
         super().__init__(config, power)
         self.leak = None
         self.gate = nn.Linear(config.n_embd, config.n_head, bias=False)                 # W_g
         self.forget = nn.Linear(config.n_embd, config.n_head, bias=False)               # W_λ
+
+    def slow(self, x):
+        """The keys of a whole sequence by the loop in memories.py: x (B,T,C) -> (B,H,T,D)."""
+        k, _ = self(x, None, impl="loop")
+        return k
 
     def gates(self, x):
         """log λ_t and log g_t (B,T,H)."""
@@ -1207,7 +1212,7 @@ class AdaptiveMemory(ContextualMemory):
     """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^p + β_0: the more pairs, the sharper   (eq. 6).
 
     They are the last `window` pairs up to t - m. In training each layer draws its own m from lags =
-    (least, largest) in every pass that starts without a state. Otherwise m is the least.
+    (least, largest) in every pass that no pair precedes. Otherwise m is the least.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
@@ -1240,8 +1245,8 @@ class AdaptiveMemory(ContextualMemory):
             return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token; the keys' average is the loop in memories.py."""
-        k, _ = self.key(x, None, impl="loop")                                           # (B,H,T,D)
+        """The layer on a whole sequence, token by token."""
+        k = self.key.slow(x)                                                            # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
         v_bar = a * u[:, :, :-1] + (1 - a) * u[:, :, 1:]
@@ -1250,7 +1255,7 @@ class AdaptiveMemory(ContextualMemory):
         for t in range(x.size(1)):
             end = max(t + 1 - self.lags[0], 0)                                          # lags = (least m, largest m)
             begin = max(end - self.window, 0) if self.window else 0
-            query = self.sharpen(k[:, :, t:t + 1], torch.tensor([end - begin]))
+            query = self.sharpen(k[:, :, t:t + 1], torch.tensor([end - begin], device=x.device))
             score = k[:, :, begin:end] @ query.mT                                       # (B,H,n,1)
             ys.append((score.softmax(2) * v[:, :, begin:end]).sum(2))                   # 0 where n = 0
         return self.out(join_heads(torch.stack(ys, 2)))
@@ -1351,7 +1356,7 @@ class MLP(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """x_t + Σ_i w_i ⊙ norm(x)_{t-i}, i = 0 … 3, a weight w_i per channel; it starts as x.
+    """x_t + Σ_i w_i ⊙ norm(x)_{t-3+i}, i = 0 … 3, a weight w_i per channel; it starts as x.
 
     It gives every mixer what deltanet's and ttt's convolutions and mosaic's peek give these alone:
     a cheap look at the tokens just before. (Canon layers, Allen-Zhu 2025, and TTT's `pre_conv`.)
@@ -1373,7 +1378,7 @@ class TokenShift(nn.Module):
 
 class BlockState(NamedTuple):
     """The states of a block's parts."""
-    mixer: tuple
+    mixer: tuple          # or None, or a tensor: as the layer has it
     feedforward: Tensor | None
     shift: Tensor | None  # (B,CONV_WIDTH-1,C) the token shift's last inputs
 
@@ -1472,7 +1477,7 @@ class Stack(nn.Module):
 
 class RMTState(NamedTuple):
     """The memory, and how far the stack has come in the running segment."""
-    memory: Tensor                # (B,M,C) what the running segment read
+    memory: Tensor                # (B,M,C) what the running segment begins with
     segment: StackState | None    # the stack over [read memory; the segment's tokens so far]
     pos: Tensor                   # () tokens of the running segment seen, 0..S
 
@@ -1613,9 +1618,9 @@ class Memory(NamedTuple):
     its nn.Linear modules, which the stack counts. A stack's flops(T) are all of its FLOPs. A linear
     layer that adds to the residual stream is called `out`, so that GPT.init_weights finds it.
     """
-    mixer: type = Attention
-    feedforward: type = MLP
-    stack: type = Stack
+    mixer: Callable = Attention
+    feedforward: Callable = MLP
+    stack: Callable = Stack
     start: Callable | None = None
 
 
@@ -1767,7 +1772,9 @@ class GPT(nn.Module):
 
     def stream(self, idx: Tensor, state=None) -> tuple[Tensor, tuple]:
         """idx (B,T) int64 continues the sequence that `state` remembers -> logits (B,T,V), the new
-        state."""
+        state. Raises ValueError where idx has no tokens."""
+        if idx.size(1) == 0:
+            raise ValueError("idx has no tokens; give at least one, for example the end-of-text token")
         x = self.wte(idx)                                       # (B,T,C)
         ve = None
         if self.value_embeds is not None:
@@ -1792,8 +1799,6 @@ class GPT(nn.Module):
                  generator: torch.Generator | None = None) -> Tensor:
         """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0
         takes the likeliest."""
-        if idx.size(1) == 0:
-            raise ValueError("generate was given no tokens to continue; start from the end-of-text token")
         was_training = self.training
         self.eval()
         state = None

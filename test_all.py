@@ -11,6 +11,7 @@ Reading order: the decorator; memories, the law, model, kernels, data, train, ev
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -718,14 +719,14 @@ def test_mosaic2_state():
         kept = min(length, 11)
         assert short.k.shape == (2, 2, kept, 8) and short.v.shape == (2, 2, kept - 1, 8)
         assert long.k.shape == (2, 2, length, 8) and long.v.shape == (2, 2, length - 1, 8)
-        vectors = 2 * kept - 1 + 2 * length - 1 + 4             # a leaky average and half a value in each
+        vectors = 2 * kept - 1 + 2 * length - 1 + 4             # a leaky average and a u in each
         assert state_bytes((short, long)) == 8 * 2 * 16 * vectors
 
 
 def test_mosaic2_flops():
     layer = mosaic2_layer()
     pairs = sum(min(t, 11) + t for t in range(1, 41))
-    assert abs(layer.flops(40) - 4 * 16 * pairs / 40) < 1e-9
+    assert abs(layer.flops(40) - 4 * 16 * pairs / 40 - 2 * 2 * 16) < 1e-9      # and two leaky averages
 
 
 @each(member=["plain", *DELTA_FAMILY])
@@ -892,6 +893,7 @@ def test_every_parameter_learns_and_has_an_optimizer(memory):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
         assert (id(p) in hidden) == (".blocks." in name and p.ndim == 2), name
     torch.manual_seed(0)
+    torch.compiler.reset()                                              # or the graphs of other models in this process would count
     assert error(torch.compile(net, backend="eager", fullgraph=True)(idx, targets), loss) < 1e-6
 
 
@@ -933,6 +935,7 @@ def test_what_a_model_refuses():
     _, state = net.stream(idx)
     raises(ValueError, lambda: net.stream(idx[:, :1], state), "81 tokens", "80 learned positions")
     raises(ValueError, lambda: net.generate(idx[:, :0], 3), "no tokens")
+    raises(ValueError, lambda: net.stream(idx[:, :0], state), "no tokens")
 
 
 def test_settings_of_memories():
@@ -1175,6 +1178,10 @@ def test_download_completes_or_says_why_not():
         with folder() as path, server({"a.bin": BODY}, **options) as (url, log):
             put(path, **{"a_bin_part": part} if part else {})
             assert fetched(url, path) == BODY and log == ranges and os.listdir(path) == ["a.bin"], log
+    # all of it was there when the process was killed: it is not loaded again
+    with folder() as path, server({"a.bin": BODY}) as (url, log):
+        put(path, a_bin_part=BODY)
+        assert fetched(url, path, BODY_SHA256) == BODY and log == ["bytes=300000-"] and os.listdir(path) == ["a.bin"]
     with folder() as path, patched(RETRY_SECONDS=0.001):
         path, wrong = path / "new", "0" * 64                            # a folder that is not there yet
         for options, sha256 in ((dict(etag=wrong), None), (dict(etag=wrong, redirect=True), None), (dict(), wrong)):
@@ -1188,6 +1195,23 @@ def test_download_completes_or_says_why_not():
         with server({"a.bin": BODY}, drop=[10] * 50) as (url, log):
             fails(lambda: fetched(url, path), "a.bin", "run again", str(path))
             assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable():
+    with small_corpus() as (path, _):
+        def read(file):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+        text = data.Text("a", [data.File("f", path / "f", "")], read=read)
+        fails(lambda: list(text.documents()), "cannot read", "/f: No such file")
+
+
+def test_who_waits_for_another_process_says_so():
+    with folder() as path, data.locked(path / "lock"):
+        code = f"import data\nwith data.locked({str(path / 'lock')!r}): print('through')"
+        second = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "waiting" in second.stderr.readline() and second.poll() is None
+    assert second.communicate(timeout=60)[0] == "through\n"
 
 
 # ----------------------------------------------------------------------------------------------------- fineweb-edu
@@ -1397,7 +1421,7 @@ def test_a_long_unbroken_run_does_not_hang():
     for text, limit in (("ab" * 5000, 2048), ("\n" * 5000, 2048), ("ab " * 5000, 15000)):
         sizes = []                                                      # of what tiktoken gets to see at once
         record = lambda part, disallowed_special: sizes.append(len(part)) or np.zeros(1, np.uint32)
-        data.encode(SimpleNamespace(n_vocab=280, encode_to_numpy=record), text)
+        data.encode(SimpleNamespace(name="bpe:280", encode_to_numpy=record), text)
         assert max(sizes) == limit
 
 
@@ -1573,8 +1597,8 @@ def log(folder) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in ("seconds", "step_seconds")} for r in records]
 
 
-def checkpoint(folder):
-    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)
+def checkpoint(folder, name="ckpt.pt"):
+    return torch.load(Path(folder, name), weights_only=True)
 
 
 def from_json(*path):
@@ -1879,6 +1903,11 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one():
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
+    def claim_encryption(path):
+        content = bytearray(path.read_bytes())
+        content[content.index(b"PK\1\2") + 8] |= 1                      # a flag of the first file in the zip's directory
+        path.write_bytes(content)
+
     def check_again(name, *words):
         """A run that was killed before its result was written goes on, says so, and ends as the whole one."""
         Path(f"runs/{name}/result.json").unlink()
@@ -1890,10 +1919,13 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one():
         flags = [*base, "--steps=6", "--save_every=2"]
         runs_well(*flags, "--name=whole")
         for name, damage, *words in (("a", truncate, "damaged"), ("b", flip, "damaged"),
-                                     ("c", lambda path: path.write_bytes(b""), "damaged"), ("d", Path.unlink)):
+                                     ("c", lambda path: path.write_bytes(b""), "damaged"), ("d", Path.unlink),
+                                     ("e", claim_encryption, "damaged")):
             runs_well(*flags, f"--name={name}")
             damage(Path(f"runs/{name}/ckpt.pt"))
             check_again(name, "from step 4", *words)
+            # the damaged file has not taken the place of the good one
+            assert checkpoint(f"runs/{name}", "ckpt.prev.pt")["step"] == 4 and checkpoint(f"runs/{name}")["step"] == 6
             truncate(Path(f"runs/{name}/ckpt.pt"))
             truncate(Path(f"runs/{name}/ckpt.prev.pt"))
             check_again(name, "starts over")
@@ -1940,6 +1972,48 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
         assert len(rows) == 2 and all("|     2 |" in row for row in rows), out
         bpb = [from_json(path)["val_bpb"] for path in Path("runs").glob("*-none-*/result.json")]
         assert f"{sum(bpb) / 2:.4f}" in next(row for row in rows if "local" in row)
+
+
+def test_sweep_columns_and_a_run_that_diverges_alone():
+    # what the condition's name does not show has a column, or two configurations would be averaged as if they were seeds
+    for flags, columns in (("--memory=rmt --rmt_tokens=8,16 --seed=1,2", ["rmt_tokens"]), ("--memory=none,ttt --window=S,L", []),
+                           ("--lr=0.1,0.2 --n_layer=1,2", ["lr", "n_layer"])):
+        assert train.swept_settings(train.parse_args(flags.split())) == columns, flags
+    # of a toy's runs one may diverge that is alone among its kind: the caller goes on, and says so in the end
+    with workplace() as (_, base):
+        def job(cfg):
+            raise train.Diverged("step 3: loss nan")
+
+        (cfg,) = train.parse_args(base)
+        results, diverged = train.run_all([cfg], job, headline=None)
+        assert results == [] and list(diverged) == [cfg.name]
+        raises(train.Diverged, lambda: train.check_diverged(diverged, 1), "step 3")
+        raises(train.UserError, lambda: train.check_diverged(diverged, 2), "1 of 2 runs diverged", cfg.name)
+
+
+def test_a_picture_that_fails_does_not_lose_the_result():
+    with workplace() as (_, base):
+        with mock.patch.object(train, "plot_losses", side_effect=RuntimeError("no fonts")):
+            raises(RuntimeError, lambda: train.main([*base, "--steps=1", "--name=a"]), "no fonts")
+        assert from_json("runs/a/result.json")["val_bpb"] > 0
+
+
+def sleep_for_minutes(cfg):
+    """A job for `test_no_worker_outlives_a_kill`."""
+    print(f"asleep {os.getpid()}", flush=True)
+    time.sleep(60)
+
+
+def test_no_worker_outlives_a_kill():
+    code = ("import sys, train, test_all; configs = train.parse_args(['--seed=1,2']); print('ready', flush=True); "
+            "list(train.in_workers(configs, test_all.sleep_for_minutes, 2))")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    said = [parent.stdout.readline() for _ in range(3)]
+    workers = [int(line.split()[-1]) for line in said if "asleep" in line]
+    parent.terminate()
+    assert parent.wait(50) != 0 and len(workers) == 2, said
+    for pid in workers:
+        raises(ProcessLookupError, lambda: os.kill(pid, 0))             # signal 0 only asks whether the process is there
 
 
 def test_result_has_everything_and_the_files_are_there():
@@ -2483,6 +2557,10 @@ def test_eval_attention_files():
         assert [f["decay"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
         assert measured("deltanet", "attention")["layers"] == []
         assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
+        # where no validation row is that long, the lengths before it are kept
+        with mock.patch.object(measuring, "has_rows", lambda corpus, length: length == L):
+            short = measured("mosaic", "attention", "--sequences=2")
+        assert {f["length"] for f in short["layers"]} == {L} and "too little" in short["limits"][str(3 * L)]
         assert not torch.nn.modules.module._global_forward_pre_hooks and not run.model.body.blocks[0].mixer._forward_pre_hooks
 
 
@@ -2547,6 +2625,10 @@ def test_eval_speed_reports_the_state():
                 assert p["prefill_tokens_per_second"] > 0 and p["ms_per_token"] > 0 and p["peak_rss_mib"] >= 0
             sizes = [p["state_bytes"] for p in r["points"]]
             assert (sizes[-1] == sizes[-2]) == (not memory.startswith("mosaic")), (name, sizes)  # two layers of SSSL have windows
+        # a memory that the shape cannot have is refused before the first measurement
+        odd = run._replace(cfg=replace(run.cfg, pos="none", n_embd=12, n_head=4))
+        with mock.patch.object(measuring, "speed_of", side_effect=AssertionError("measured")):
+            raises(measuring.UserError, lambda: measuring.task_speed([odd], measuring.Options(memory="mosaic,ttt")), "even head size")
 
 
 # ---------------------------------------------------------------- the command line
@@ -2577,7 +2659,7 @@ def test_eval_labels_tell_runs_apart():
                              ("few", "--memory=rmt", "--rmt_tokens=2"), ("lower", "--memory=mosaic", "--memory_layers=0")):
             trained(name, *flags)
         for names, labels in ((("none", "rmt"), ["local", "rmt"]), (("none", "global"), ["local", "global"]),
-                              (("none", "second"), ["local s1", "local s2"]), (("none", "none"), ["local"]),
+                              (("none", "second"), ["local s1", "local s2"]), (("none", "none/", "none/result.json"), ["local"]),
                               (("rmt", "segments", "lower"), ["rmt", "rmt-0", "mosaic@0"]),
                               (("few", "rmt", "none"), ["rmt rmt_tokens=2", "rmt rmt_tokens=3", "local"])):
             assert [run.label for run in opened(*names)] == labels
@@ -2596,7 +2678,7 @@ def test_eval_bad_input():
         torch.save(found, "out/changed/ckpt.pt")
         for flags, *words in (
                 ("out/nome", "there is no out/nome", "did you mean out/none?"), ("out", "no checkpoint"), ("", "no run was given"),
-                ("out/none/nothing", "there is no out/none/nothing"), ("out/changed --task=bpb", "it is other data"),
+                ("out/none/nothing", "there is no out/none/nothing"), ("out/changed --task=bpb", "the corpus has changed"),
                 ("out/none --task=nia", "'nia' is none of bpb", "did you mean niah?"), ("out/none --task=bpb,,", "''"),
                 ("out/none --tusk=bpb", "unknown argument --tusk=bpb", "--task"), ("out/none --task", "expected one argument"),
                 ("out/none --pairs=many", "--pairs=many", "whole number"), ("out/none --pairs=1", "pairs=1", "from 2"),
@@ -2606,6 +2688,14 @@ def test_eval_bad_input():
                 ("out/none --memory=delta", "memory=delta", "deltanet"), ("out/none --piece=7", "unknown argument --piece=7"),
                 ("out/none --task=ood --dataset=nowhere.txt", "nowhere.txt"), ("out/stuck --task=bpb", "cannot write")):
             refused(measuring.main, flags.split(), *words)
+    # a tokenizer of a corpus that has changed since would give other tokens the same numbers
+    run = measuring.Run(Path("x"), "x", None, train.RunConfig(tokenizer="bpe:300"))
+    with mock.patch.object(measuring.Run, "corpus", side_effect=measuring.UserError("changed")):
+        raises(measuring.UserError, lambda: measuring.task_ood([run], measuring.Options()), "changed")
+    # an option that no chosen task reads is named
+    with inside():
+        told = call(measuring.main, "out/none", "--task=bpb", "--pairs=3", "--tokens=64")[1]
+    assert "note: --pairs changes nothing" in told and "--tokens" not in told
     status, text, _ = call(measuring.main, "--help")
     assert status == 0 and "margin" not in text and all(f"--{name}" in text for name in measuring.Options.__dataclass_fields__)
 
@@ -2958,7 +3048,8 @@ def test_toys_bad_flags_are_one_line():
                          ("recall --model=rmt --window=24", "window=24"), ("moons --sharpen=-2", "sharpen"),
                          ("moons --optimizer=muon", "adamw"), ("moons --dtype=bfloat16", "float32"),
                          ("regbench --model=ropes", "did you mean rope?"), ("capacity --T=32", "T=32", "64 to 256"),
-                         ("s3 --T=16", "T=16", "32"), ("mqar --T=512", "64 to 256"), ("parity --model=deltanet-beta", "deltanet-beta2")):
+                         ("s3 --T=16", "T=16", "32 or more"), ("capacity --T=64,256", "one length at a time"),
+                         ("mqar --T=512", "64 to 256"), ("parity --model=deltanet-beta", "deltanet-beta2")):
         with mock.patch.object(toys, "run_all", side_effect=AssertionError(f"{argv}: training starts")):
             refused(toys.main, argv.split(), *words)
 
@@ -3276,14 +3367,20 @@ def test_buckets_recombine_and_give_deficit_gain_and_closure():
         for memory, window, level in (("none", "SSSL", 1.2), ("none", "L", 1.0), ("ttt", "SSSL", 1.1)):
             runs.append(result(memory, window, s, curve=np.array([1.0] * 4 + [level] * 4) + rng.normal(0, 1e-4, 8)))
     cells, _ = cells_of(*runs, result("ttt", seed=6))                    # it has no partner, and is left out
-    (c, positions, L, M, F), = analyze.position_curves(cells)
+    (c, positions, sizes, L, M, F), = analyze.position_curves(cells)
     assert c.label == "ttt" and L.shape == M.shape == F.shape == (5, 8) and positions == list(range(0, 512, 64))
     (row,) = rows_of(analyze.position_table(cells))
     D, G = (float(x.split(" ")[0]) for x in row[3:5])
     assert row[2] == "5" and abs(D - 100) < 0.2 and abs(G - 50) < 0.2, row
     runs[2]["bpb_by_position"].update(bytes=[999.0] * 8)                 # measured on other tokens: doesn't compare
-    (_, _, L, M, F), = analyze.position_curves(cells_of(*runs)[0])
+    (*_, L, M, F), = analyze.position_curves(cells_of(*runs)[0])
     assert L.shape == (4, 8)
+    # buckets count by their bytes: D = 0.2 everywhere, G = 0.1 in a bucket of 3 bytes and 0.02 in one of a byte
+    heavy = dict(positions=[0, 256], bytes=[3.0, 1.0])
+    runs = [result(memory, window, s, bpb_by_position=dict(heavy, nats=(np.array(bpb) * [3, 1] * math.log(2)).tolist()))
+            for s in range(3) for memory, window, bpb in (("none", "S", (1.2, 1.2)), ("none", "L", (1.0, 1.0)), ("ttt", "S", (1.1, 1.18)))]
+    (row,) = rows_of(analyze.position_table(cells_of(*runs)[0]))
+    assert row[3].startswith("+200.00") and row[4].startswith("+80.00"), row
 
 
 def test_won_back():
@@ -3306,6 +3403,10 @@ def test_won_back():
     compared = [tuple(row[1:3]) for row in rows_of(analyze.difference_table(cells)) if row[0] == "512"]
     assert compared == [("local", "floor"), ("local", "global"), ("global", "floor"), ("ttt@1+3 S", "floor"),
                         ("ttt@1+3 S", "global"), ("ttt@1+3 S", "window SL"), ("window SL", "floor"), ("window SL", "global")]
+    # a memory in all layers is compared with full attention in all of them, which is the ceiling, once
+    everywhere, _ = cells_of(*runs[:5], *(result("ttt", "S", s, 1.1, config=dict(memory_layers="0+1+2+3", n_layer=4)) for s in range(3)))
+    compared = [row[2] for row in rows_of(analyze.difference_table(everywhere)) if row[1].startswith("ttt@0")]
+    assert compared == ["floor", "global"]
     lengths = {row[0]: row[1:] for row in rows_of(analyze.length_table(cells))}
     assert len(lengths) == 5 + 1 + 3 and lengths["floor"][0].startswith("1.1000 ±")
     assert all(text.startswith("+100.0") for text in lengths["deficit: floor − global, mBPB"])
@@ -3331,6 +3432,10 @@ def test_closure_by_training_budget():
     panels = analyze.figure_won_back(cells).axes
     assert [ax.get_title() for ax in panels] == ["T = 512 steps=100", "T = 512 steps=400"]
     assert [[round(float(line.get_ydata()[0]), 3) for line in ax.lines[:3]] for ax in panels] == [[1.205, 1.005, 1.155], [1.305, 1.005, 1.105]]
+    # two variants with the same tokens are two lines
+    both = [*runs, *(run | dict(config=run["config"] | dict(lr=0.5), val_bpb=1.25) for run in runs if run["memory"] == "ttt")]
+    rows = rows_of(analyze.budget_table(cells_of(*both, by=["steps", "lr"])[0]))
+    assert [row[1] for row in rows] == ["ttt lr=0.01"] * 2 + ["ttt lr=0.5"] * 2
     one = [cell for cell in cells if cell.one.config["steps"] == 100]
     assert analyze.budget_table(one) == "" and analyze.figure_budget(one) is None
 

@@ -208,7 +208,8 @@ class Length(Toy):
         self.n_head = self.n_head or TASKS[self.task].n_head
         low, high = TASKS[self.task].limits
         if not low <= self.T <= high:
-            raise ValueError(f"T={self.T} was given, {self.task} needs {low} to {high}")
+            allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"T={self.T} was given, {self.task} needs {allowed}")
         if LENGTH_MODELS[self.model].get("memory") == "rmt" and self.T % self.window:
             raise ValueError(f"window={self.window} does not divide T={self.T}, so rmt's segments do not fit; change "
                              "either")
@@ -1287,7 +1288,7 @@ def report_regbench(results: list[dict], out: Path) -> list[list[str]]:
                      f"{ood[0]} / {ood[1]}"])
 
     say(f"\nRegBench{shared}, unseen automata, mean over seeds (all = every symbol of a sequence, last = its last "
-        "one)\n")
+        "one; of several variants of a model the one that is best on the validation automata)\n")
     say(analyze.table(["model", "automata", "acc all", "TVD all", "acc last", "TVD last", "paper, all", "IID acc / TVD",
                        "parameters", "seeds"], rows))
     if any(automata == 100 for _, automata in best):
@@ -1389,7 +1390,11 @@ def plan(argv: list[str]) -> list[Toy]:
     for name, flags in chosen.items():
         if name not in COMMANDS:
             raise UserError(f"{name}: expected a toy, one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
-        for cfg in read_toy(name, flags + argv):
+        toys = read_toy(name, flags + argv)
+        if name in PAIRS and len({cfg.T for cfg in toys}) > 1:
+            raise UserError(f"--T: {name} takes one length at a time, because its table has a column for each number of "
+                            "pairs")
+        for cfg in toys:
             configs[cfg.folder] = cfg
     return list(configs.values())
 
@@ -1408,12 +1413,12 @@ def train_and_report(argv: list[str]) -> None:
     configs = plan(argv)
     out = Path(configs[0].out_dir)
     seen = []
-    diverged = []
+    diverged = {}
     for experiment in EXPERIMENTS:
         chosen = [cfg for cfg in configs if type(cfg) is experiment.kind]
         if chosen:
             results, failed = run_all(chosen, experiment.job, experiment.headline, worker_count(chosen[0]))
-            diverged += failed
+            diverged |= failed
             if results:
                 seen += experiment.report(results, out)
     abilities = analyze.read_abilities(out)

@@ -12,7 +12,8 @@ the dropout of a step depend on (seed, step, rank) alone, and the log is cut bac
 Glossary
     step               one update of the weights by batch_size rows (those of all ranks) of max_seq_len tokens
     rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
-    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes
+    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes.
+                       That of a training step is approximate: it also counts the nats of the end-of-text tokens
     MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
     job                a function from a configuration to measurements: `train` here, three more in toys.py (not
                        toys.py's flag --jobs, which is the number of worker processes)
@@ -159,8 +160,8 @@ TRAINING = {
     "d12": dict(dataset="fineweb-edu", tokenizer="gpt2", vocab_size=0, batch_size=256, device_batch_size=32, steps=2520,
                 warmup=100, eval_every=250, eval_tokens=10_485_760, save_every=500),
     "gpt2": dict(dataset="tinystories", tokenizer="gpt2", batch_size=512, device_batch_size=64, steps=80_000,
-                 optimizer="adamw", lr=5e-3, min_lr=1e-4, schedule="cosine", warmup=2000, dropout=0.05,
-                 eval_every=1000, eval_tokens=5_242_880, save_every=1000),
+                 optimizer="adamw", lr=5e-3, min_lr=1e-4, schedule="cosine", warmup=2000, eval_every=1000,
+                 eval_tokens=5_242_880, save_every=1000),
 }
 
 
@@ -200,8 +201,8 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
     and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
     and at the end. describe(record, batch) returns more numbers for every record.
 
-    Raises Diverged when loss or gradient is not finite, Stopped after SIGINT or SIGTERM, be it in the last step (with
-    `out` only).
+    Raises Diverged when loss or gradient is not finite. With `out` it raises Stopped after SIGINT or SIGTERM, also if
+    the signal comes in the last step.
     """
     device = pick_device(cfg)
     model.to(device).train()
@@ -317,9 +318,7 @@ def update(runner, optimizers, batch: tuple, step: int, cfg, device) -> tuple[Te
 def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
     """Forward and backward over this rank's rows, device_batch_size at a time -> mean loss."""
     rows = len(batch[0])
-    micro = min(cfg.device_batch_size or rows, rows)
-    if rows % micro:
-        raise UserError(f"device_batch_size={micro} does not divide the {rows} rows of a rank; change one of them")
+    micro = rows_at_once(cfg, rows)
 
     # All rows are copied at once: a copy between two passes would wait for the first of them.
     batch = [t.to(device) for t in batch]
@@ -335,6 +334,14 @@ def accumulate(runner, batch: tuple, cfg, device) -> Tensor:
             loss.backward()
         total += loss.detach()
     return total
+
+
+def rows_at_once(cfg, rows: int) -> int:
+    """How many of a rank's rows are in one forward pass. Raises UserError if that does not divide them."""
+    micro = min(cfg.device_batch_size or rows, rows)
+    if rows % micro:
+        raise UserError(f"--device_batch_size={micro}: it does not divide the {rows} rows of a rank; change one of them")
+    return micro
 
 
 def lr_at(step: int, cfg) -> float:
@@ -420,9 +427,7 @@ def build_optimizer(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
         groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=cfg.weight_decay),
                   dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
         groups = [group for group in groups if group["params"]]
-        # The fused kernel has no complex numbers.
-        fused = all(p.is_floating_point() for p in rest)
-        optimizers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(BETA1, cfg.beta2), fused=fused))
+        optimizers.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(BETA1, cfg.beta2), fused=True))
     if hidden:
         optimizers.append(Muon(hidden, cfg.lr, MOMENTUM, cfg.weight_decay))
     return optimizers
@@ -447,25 +452,27 @@ def save_checkpoint(out: Path, cfg, step: int, seconds: float, model, optimizers
             raise
 
 
-def find_checkpoint(out: Path) -> dict | None:
-    """The newest whole checkpoint. The zip's checksums find what was truncated or changed; torch.load does not."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
-    for path in paths:
+def find_checkpoint(out: Path) -> tuple[dict | None, list[Path]]:
+    """The newest whole checkpoint, or None, and the damaged files that were met on the way to it."""
+    damaged = []
+    for path in (out / "ckpt.pt", out / "ckpt.prev.pt"):
+        if not path.exists():
+            continue
+        # The zip's checksums find what was truncated or changed; torch.load does not.
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as e:
+        except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as e:
             broken = e
         if broken is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), damaged
         say(f"{path} is damaged ({broken}), so it is not used")
-    if paths:
-        say(f"{out} has no whole checkpoint: the run starts over")
-    return None
+        damaged.append(path)
+    return None, damaged
 
 
-def check_same_settings(old: dict, cfg, where: Path) -> None:
-    """Raises UserError if the settings are not those of the run (or result) that would be continued."""
+def check_same_settings(old: dict, cfg) -> None:
+    """Raises UserError if the settings are not those of the run that is in cfg.folder."""
     # How a run is executed may change. What the corpus fills in may not be known yet.
     free = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
     free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name, None)}
@@ -475,15 +482,17 @@ def check_same_settings(old: dict, cfg, where: Path) -> None:
         if name not in free and before != value:
             differ.append(f"{name} (there {before}, now {value})")
     if differ:
-        raise UserError(f"{where} is of a run with another {', '.join(differ)}; choose another --name or --out_dir, or "
-                        "delete it")
+        raise UserError(f"{cfg.folder} holds a run with another {', '.join(differ)}; choose another --out_dir, or delete "
+                        "that folder")
 
 
 def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     """Puts the newest checkpoint into model and optimizers, and cuts the log back to it -> step, seconds, history."""
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    found = find_checkpoint(out)
+    found, damaged = find_checkpoint(out)
+    if damaged and found is None:
+        say(f"{out} has no whole checkpoint: the run starts over")
     log = out / "log.jsonl"
     text = log.read_bytes() if log.exists() else b""
 
@@ -492,7 +501,7 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     seconds = 0.0
     keep = 0  # bytes of the log
     if found is not None:
-        check_same_settings(found["config"], cfg, out / "ckpt.pt")
+        check_same_settings(found["config"], cfg)
         step = found["step"]
         seconds = found["seconds"]
         keep = found["log_bytes"]
@@ -506,6 +515,10 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     # On several nodes the folder may not be the same disk.
     if world() > 1 and all_reduce([step], pick_device(cfg)).item() != step * world():
         raise UserError(f"the ranks see different checkpoints in {out}; put out_dir on a disk that every node mounts")
+    # A damaged file gets another name, or the next save would put it in the place of the good one.
+    if rank() == 0:
+        for path in damaged:
+            path.replace(f"{path}.damaged")
     # What was logged after the checkpoint will be computed again.
     if rank() == 0 and len(text) != keep:
         with replacing(log) as f:
@@ -517,7 +530,7 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
 def load_run(path: str | Path) -> tuple[GPT, RunConfig, dict]:
     """out/<run> (or any file in it) -> the trained model on the CPU, its config, the whole checkpoint."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    found = find_checkpoint(folder)
+    found, _ = find_checkpoint(folder)
     if found is None:
         raise UserError(f"{path}: no checkpoint there; give a folder that train.py wrote, such as out/laptop-none-s1")
     try:
@@ -650,10 +663,14 @@ def device_name(device: torch.device) -> str:
 
 
 def check_device(cfg) -> torch.device:
-    """pick_device(cfg). Raises UserError if there is no such device, or if it cannot compute in cfg.dtype."""
+    """pick_device(cfg). Raises UserError if there is no such device, if it cannot compute in cfg.dtype, or if the rows
+    of a step cannot be shared out."""
     device = pick_device(cfg)
     if cfg.dtype == "bfloat16" and device.type == "cpu":
         raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
+    if cfg.batch_size % world():
+        raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
+    rows_at_once(cfg, cfg.batch_size // world())
     return device
 
 
@@ -937,12 +954,12 @@ def run_name(cfg) -> str:
     return f"{name}-s{cfg.seed}"
 
 
-def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict], list[str]]:
-    """Runs job(cfg) for every configuration -> the results in the order given, and the names of runs that diverged.
+def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[list[dict], dict]:
+    """Runs job(cfg) for every configuration -> the results in the order given; name -> Diverged of the others.
 
-    job(cfg) returns measurements; headline(result) says the main one in a line. A run whose result.json is there is
-    read instead of run. One that diverges does not stop the others. With several workers that many run side by side,
-    one thread each, every one in a process of its own.
+    job(cfg) returns measurements; headline(result) says the main one in a line, and show(cfg, result) tells more of a
+    run that has just been saved. A run whose result.json is there is read instead of run. One that diverges does not
+    stop the others. With several workers that many run side by side, one thread each, every one in a process of its own.
     """
     # A run counts as finished when its result.json is there: it is the last file that a run writes.
     results = {}
@@ -951,7 +968,7 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
         path = cfg.folder / "result.json"
         if path.is_file():
             results[cfg.folder] = json.loads(path.read_text())
-            check_same_settings(results[cfg.folder]["config"], cfg, path)
+            check_same_settings(results[cfg.folder]["config"], cfg)
         else:
             check_device(cfg)  # before anything is run
             todo.append(cfg)
@@ -960,18 +977,18 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
             "again)")
 
     # Run the others, one after the other or side by side. Each says what came out and how long the rest will take.
-    diverged = []
+    diverged = {}
     start = time.perf_counter()
     outcomes = in_workers(todo, job, workers) if workers > 1 else one_by_one(todo, job)
     for done, (cfg, outcome) in enumerate(outcomes, 1):
-        if isinstance(outcome, Diverged) and len(configs) == 1:
-            raise outcome
-        elif isinstance(outcome, Diverged):
-            diverged.append(cfg.name)
+        if isinstance(outcome, Diverged):
+            diverged[cfg.name] = outcome
             text = str(outcome)
         else:
             results[cfg.folder] = outcome
             text = headline(outcome)
+            if show:
+                show(cfg, outcome)
         minutes_a_run = (time.perf_counter() - start) / 60 / done
         left = minutes_a_run * (len(todo) - done)
         if len(todo) > 1:
@@ -979,10 +996,12 @@ def run_all(configs: list, job, headline, workers: int = 1) -> tuple[list[dict],
     return [results[cfg.folder] for cfg in configs if cfg.folder in results], diverged
 
 
-def check_diverged(names: list[str], total: int) -> None:
-    """Raises UserError if runs of a sweep diverged. To be called last, after the results of the others were shown."""
-    if names:
-        raise UserError(f"{len(names)} of {total} runs diverged: {', '.join(names)}; try a lower --lr")
+def check_diverged(diverged: dict, total: int) -> None:
+    """Raises UserError if runs diverged. To be called last, after the results of the others were shown."""
+    if diverged and total == 1:
+        raise next(iter(diverged.values()))
+    if diverged:
+        raise UserError(f"{len(diverged)} of {total} runs diverged: {', '.join(diverged)}; try a lower --lr")
 
 
 def one_by_one(configs: list, job):
@@ -996,6 +1015,8 @@ def one_by_one(configs: list, job):
 
 def in_workers(configs: list, job, workers: int):
     """The same from several processes, in the order in which they finish."""
+    # What `kill` sends is to end in the same way as Ctrl-C: no worker may outlive the command.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Spawned, not forked: a forked child inherits torch's threads in an unknown state.
     pool = ProcessPoolExecutor(min(workers, max(1, len(configs))), get_context("spawn"), start_worker)
     try:
@@ -1009,12 +1030,12 @@ def in_workers(configs: list, job, workers: int):
         raise UserError("a worker was killed, perhaps for want of memory; finished runs are kept, so give the same "
                         "command again with --jobs=1") from None
     except BaseException:
-        # Ctrl-C too: no worker may outlive the command. Then it goes on its way.
         for process in active_children():
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def start_worker() -> None:
@@ -1064,6 +1085,7 @@ def run_one(cfg, job) -> dict:
     result["config"] = asdict(cfg)
     result["device"] = f"{world()} x {device_name(device)}"
     result["versions"] = versions()
+    # of this process alone: what a run took before it was interrupted is in the measurements
     result["seconds"] = round(time.perf_counter() - start, 1)
     result["cpu_seconds"] = round(time.process_time() - cpu_start, 1)
     result.update(measurements)
@@ -1116,9 +1138,10 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
     settings name, or has more tokens than they allow."""
     n = corpus.vocab_size
     if cfg.vocab_size and cfg.vocab_size < n:
-        raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give as many")
+        raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give at least {n}, or 0")
     if cfg.data_sha256 and cfg.data_sha256 != corpus.sha256:
-        raise UserError(f"{corpus.name}: sha256 is {corpus.sha256}, expected {cfg.data_sha256}; it is other data")
+        raise UserError(f"{corpus.name}: sha256 is {corpus.sha256}, expected {cfg.data_sha256}; the corpus has "
+                        "changed, so restore its files or train again")
     # A GPU multiplies much faster if the vocabulary is a multiple of 64. A small one is fast enough without padding.
     padded = n
     if n >= 1024:
@@ -1128,8 +1151,6 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
 
 def train(cfg: RunConfig) -> dict:
     """Trains and measures one model; a job for run_all."""
-    if cfg.batch_size % world():
-        raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
     # The corpus decides the vocabulary, and so the model.
     device = pick_device(cfg)
     corpus = load_corpus(cfg.dataset, cfg.tokenizer)
@@ -1152,7 +1173,8 @@ def train(cfg: RunConfig) -> dict:
         return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"])
 
     def describe(record, batch):
-        # Bits per byte of this batch (the loss is a mean over its targets), and how busy the GPU was.
+        # About the bits per byte of this batch (the loss is a mean over all targets, also those without bytes; the
+        # bytes are those of this rank), and how busy the GPU was.
         _, y = batch
         size = corpus.token_bytes[y].sum().item()
         more = dict(bpb=bits_per_byte(record["loss"] * y.numel(), max(1, size)))
@@ -1168,9 +1190,6 @@ def train(cfg: RunConfig) -> dict:
     measurements = dict(config=asdict(cfg), data_sha256=cfg.data_sha256)
     measurements.update(final)
     measurements.update(measure_costs(model, corpus, cfg, history))
-    if rank() == 0:
-        plot_losses(history, cfg.folder / "loss.png")
-        print_summary(measurements, cfg)
     return measurements
 
 
@@ -1179,8 +1198,12 @@ def headline(result: dict) -> str:
     return f"{result['val_bpb']:.4f} bits per byte"
 
 
-def print_summary(m: dict, cfg: RunConfig) -> None:
-    """What a newcomer wants to know of a finished run."""
+def show_run(cfg: RunConfig, m: dict) -> None:
+    """What a newcomer wants to know of a finished run: loss.png, and the main numbers of its result m."""
+    if rank() > 0:
+        return
+    log = (cfg.folder / "log.jsonl").read_text()
+    plot_losses([json.loads(line) for line in log.splitlines()], cfg.folder / "loss.png")
     total_flops = m["flops_per_token"] * m["train_tokens"]
     where = " of GPU memory" if m["peak_vram_mib"] else ""
     print()
@@ -1195,6 +1218,14 @@ def print_summary(m: dict, cfg: RunConfig) -> None:
     print()
     if m["sample"]:
         print(f"A sample:\n{m['sample']}\n", flush=True)
+
+
+def swept_settings(configs: list[RunConfig]) -> list[str]:
+    """The settings that differ in a sweep and have a column of their own in its table."""
+    # Seeds are averaged over; the others are in the condition's name.
+    have_none = ("seed", "name", "memory", "window", "memory_layers")
+    names = [f.name for f in fields(RunConfig) if f.name not in have_none]
+    return [name for name in names if len({getattr(cfg, name) for cfg in configs}) > 1]
 
 
 def sweep_table(results: list[dict], swept: list[str]) -> str:
@@ -1234,7 +1265,7 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     names = {cfg.name for cfg in configs}
     if len(names) < len(configs):
         raise UserError(f"the sweep has {len(configs)} runs but only {len(names)} names, such as {configs[0].name}; "
-                        "leave --name out, and give each value once")
+                        "leave --name out, give each value once, and sweep no setting of the group run")
     return configs
 
 
@@ -1268,23 +1299,19 @@ def main(argv: list[str] | None = None) -> int:
         note_unused(configs)
         if world() > 1:
             start_processes(configs[0])
-        results, diverged = run_all(configs, train, headline)
+        results, diverged = run_all(configs, train, headline, show=show_run)
         if len(configs) > 1 and results:
-            # One column for each swept setting, except seed (averaged over) and those that the condition's name
-            # already shows.
-            in_condition = ("seed", "name", "memory", "window", "memory_layers", "rmt_tokens")
-            swept = []
-            for f in fields(RunConfig):
-                values = {getattr(cfg, f.name) for cfg in configs}
-                if len(values) > 1 and f.name not in in_condition:
-                    swept.append(f.name)
-            say(sweep_table(results, swept))
+            say(sweep_table(results, swept_settings(configs)))
         check_diverged(diverged, len(configs))
     except Stopped as e:
         number, text = e.args
         launcher = "torchrun ..." if world() > 1 else "python"
         say(f"\n{text}\nthe same command goes on from there: {launcher} train.py {shlex.join(argv)}")
         status = 128 + number
+    except KeyboardInterrupt:
+        # It came while the corpus was made or the result was measured, and fit was not listening.
+        say("\ninterrupted; the same command goes on from what is finished")
+        return 128 + signal.SIGINT
     except UserError as e:
         # Usually every rank fails alike: wait, so that rank 0 prints and torchrun ends this process. If it has not,
         # the error is this rank's own.
