@@ -29,7 +29,8 @@ Glossary
     seed pair    two runs with the same seed. They see the same batches in the same order, so that much of the noise
                  cancels in their difference.
 
-Exit status: 0 all files were read, 1 some were skipped (the report is written from the others), 2 bad input.
+Exit status: 0 all files were read, 1 some were skipped (the report is written from the others), 2 bad input,
+130 Ctrl-C.
 
 References
     Student 1908, "The probable error of a mean": the t test.
@@ -638,6 +639,10 @@ class Cell:
         """The condition without its layers, window and settings: "local", "rmt-0", "ttt"."""
         return base_name(self.label)
 
+    def setting(self) -> tuple:
+        """What two cells must have in common to be compared: study, T and training tokens."""
+        return self.study, self.T, self.one.costs.get("train_tokens")
+
     def bpb(self) -> dict:
         """seed -> bpb"""
         return {seed: run.bpb for seed, run in self.runs.items()}
@@ -740,7 +745,7 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
 
 
 def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
-    """The cell to compare with, of the same study and T; its name is the first of `names` that is there.
+    """The cell to compare with, of the same study, T and training tokens; its name is the first of `names` that is there.
 
     If several cells have that name, the one with the same window is taken, and then the one with the
     fewest other settings that differ.
@@ -749,7 +754,7 @@ def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
         other_window = other.one.window != cell.one.window
         return names.index(other.base), other_window, len(differing(other.one, cell.one))
 
-    candidates = [c for c in cells if (c.study, c.T) == (cell.study, cell.T) and c.base in names]
+    candidates = [c for c in cells if c.setting() == cell.setting() and c.base in names]
     return min(candidates, key=distance, default=None)
 
 
@@ -1089,7 +1094,7 @@ def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
     for other in cells:
         # the pattern of the other, tiled over the layers
         tiled = (other.one.window * len(letters))[:len(letters)]
-        if (other.study, other.T, other.one.memory, tiled) == (cell.study, cell.T, "none", letters):
+        if other.setting() == cell.setting() and other.one.memory == "none" and tiled == letters:
             candidates.append(other)
     return min(candidates, key=lambda other: len(differing(other.one, cell.one)), default=None)
 
@@ -1835,6 +1840,9 @@ def main(argv=None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         text = report(cells, repeats, skipped, others, out)
         write_whole(out / "REPORT.md", text.encode())
+    except KeyboardInterrupt:
+        print("\ninterrupted; the report is not complete", file=sys.stderr)
+        return 130
     except (UserError, OSError) as e:  # an OSError names the file that can't be opened or written
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -190,7 +190,7 @@ def locked(path: str | Path):
 def did_you_mean(word: str, known: Iterable[str], form: str = "{}") -> str:
     """Returns "; did you mean X?" with the known word that is most like `word`, or "" if none is alike."""
     # of all known words that are alike, the best one
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
     if not close:
         return ""
     return f"; did you mean {form.format(close[0])}?"
@@ -1343,7 +1343,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares a corpus and prints what it holds. Returns the exit status."""
+    """Prepares a corpus and prints what it holds. Returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
     parser = Parser(prog="data.py", allow_abbrev=False, description="Prepares a corpus and prints what it holds.")
     parser.add_argument("--dataset", default="python", help=f"{', '.join(CORPORA)}, or a path (default: python)")
     parser.add_argument("--tokenizer", default="byte", help="gpt2, byte, bpe:N or bpe:N@CORPUS (default: byte)")
@@ -1357,6 +1357,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown argument {unknown[0]}" + (close or "; --help lists the flags"))
         for line in summary(load(args.dataset, args.tokenizer, args.cache)):
             print(line)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the files that are complete", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -650,6 +650,7 @@ def task_extend(runs: list[Run], opts: Options) -> None:
         save_result(run, "extend", result)
         results.append(result)
     print_table(["run", "tokens", "training length", "bits per byte"], rows)
+    print("The spans hold different text: compare one span across runs, never two spans of one run.")
     note_other_tokens(results)
     draw_by_position("extend", runs, results)
 
@@ -1534,7 +1535,7 @@ def note_unused(opts: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0, or 2 after bad input"""
+    """-> exit status: 0, 2 after bad input, 130 after Ctrl-C"""
     try:
         paths, opts = parse_args(sys.argv[1:] if argv is None else argv)
         note_unused(opts)
@@ -1546,6 +1547,9 @@ def main(argv: list[str] | None = None) -> int:
                 for run in runs:
                     print(f"-> {run.folder / f'eval_{name}.json'}")
         return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the tasks that were told with -> are saved", file=sys.stderr)
+        return 130
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -649,6 +649,8 @@ def pick_device(cfg) -> torch.device:
     if cfg.device == "cpu" or (cfg.device == "auto" and count == 0):
         return torch.device("cpu")
     if local_rank() >= count:
+        if count == 0:
+            raise UserError("--device=cuda: PyTorch finds no CUDA device here; use --device=cpu")
         raise UserError(f"--device={cfg.device}: PyTorch sees {count} CUDA devices here, and this is process number "
                         f"{local_rank() + 1} to need one; start fewer, or use --device=cpu")
     torch.set_float32_matmul_precision("high")  # float32 products in TF32
@@ -1310,7 +1312,7 @@ def main(argv: list[str] | None = None) -> int:
         status = 128 + number
     except KeyboardInterrupt:
         # It came while the corpus was made or the result was measured, and fit was not listening.
-        say("\ninterrupted; the same command goes on from what is finished")
+        say("\ninterrupted; the same command goes on from what was saved")
         return 128 + signal.SIGINT
     except UserError as e:
         # Usually every rank fails alike: wait, so that rank 0 prints and torchrun ends this process. If it has not,
