@@ -118,7 +118,7 @@ class Config:
     value_embeds: bool = option(False, "token-id value embeddings on alternating layers, gated by the input")
     dropout: float = option(0.0, "dropout on embeddings, attention weights and residual branches", low=0, high=0.999)
 
-    persistent_slots: int = option(32, "persistent: learned key/value pairs a layer", "memory", low=0)
+    persistent_slots: int = option(32, "persistent: learned key/value pairs a layer", "memory", low=1)
     rmt_tokens: int = option(16, "rmt: memory tokens; 0 = the same segments without memory (its fair baseline)",
                              "memory", low=0)
     rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4", "memory", low=0)
@@ -513,7 +513,8 @@ class Attention(nn.Module):
             positions = torch.arange(int(pos), end, device=q.device)
             q = rotary(q, positions, self.theta)
             k = rotary(k, positions, self.theta)
-        k = extend(seen_k, k)
+        # Under autocast the normalisation gives float32; keys are kept in the values' dtype.
+        k = extend(seen_k, k.to(v.dtype))
         v = extend(seen_v, v)
         state = AttentionState(self.still_visible(k), self.still_visible(v), torch.tensor(end))
         k, v, n_free = self.with_slots(k, v)
@@ -574,7 +575,7 @@ class PersistentAttention(Attention):
         slot_k = split_heads(self.slot_k[None].to(k.dtype), self.D)  # (1,Hkv,M,D)
         slot_v = split_heads((self.slot_scale * self.slot_v)[None].to(v.dtype), self.D)
         if self.qk_norm:
-            slot_k = F.rms_norm(slot_k, (self.D,))
+            slot_k = F.rms_norm(slot_k, (self.D,)).to(k.dtype)
         B = k.size(0)
         k = torch.cat([slot_k.expand(B, -1, -1, -1), k], 2)
         v = torch.cat([slot_v.expand(B, -1, -1, -1), v], 2)
@@ -682,7 +683,7 @@ class KNNAttention(Attention):
 
         # The pairs of the window before this call, then those of the call.
         q, k = self.by_content(q, k)
-        past_k = extend(past_k, k.detach())
+        past_k = extend(past_k, k.detach().to(v.dtype))
         past_v = extend(past_v, v.detach())
         first = end - past_k.size(2)                          # absolute position of past_k[:, :, 0]
 
@@ -933,7 +934,10 @@ class DeltaNet(nn.Module):
         """x (B,T,C) -> y (B,T,C), the new state."""
         n = self.steps
         tail, S = (None, None) if state is None else state
-        projected = torch.cat([self.q(x), self.k(x), self.v(x)], -1)  # (B,T,channels)
+        v = self.v(x)                                                                   # (B,T,H·n·Dv)
+        if self.value_gate is not None:
+            v = join_heads(self.value_gate(split_heads(v, self.Dv), x, ve))
+        projected = torch.cat([self.q(x), self.k(x), v], -1)                            # (B,T,channels)
         convolved, tail = causal_conv(projected, self.conv, tail)
         convolved = F.silu(convolved)
         C = x.size(2)
@@ -941,8 +945,6 @@ class DeltaNet(nn.Module):
         q = q.unflatten(-1, (-1, self.D))                                               # (B,T,H,D)
         k = k.unflatten(-1, (-1, self.D))                                               # (B,T,H·n,D)
         v = v.unflatten(-1, (-1, self.Dv))                                              # (B,T,H·n,Dv)
-        if self.value_gate is not None:
-            v = self.value_gate(v.transpose(1, 2), x, ve).transpose(1, 2)
 
         # The gates, in float32: β says how much a token overwrites, and log α <= 0 how much S keeps.
         beta = self.beta_max * torch.sigmoid(self.beta(x).to(at_least_float32(x)))      # (B,T,H·n)
@@ -1436,7 +1438,9 @@ class Stack(nn.Module):
                 feedforward = memory.feedforward
             self.blocks.append(Block(config, mixer(config, layer), feedforward(config)))
         self.value_embed_index = [config.value_embed_index(layer) for layer in range(config.n_layer)]
-        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
+        # as every kind of positions, learned ones are there for attention
+        has_positions = config.pos == "learned" and any(isinstance(block.mixer, Attention) for block in self.blocks)
+        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if has_positions else None
         self.embed_norm = Norm(config) if config.norm == "rms" else nn.Identity()
         self.final_norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -1577,7 +1581,7 @@ class RMT(nn.Module):
         """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
         Every segment is run once for each depth d: that run reads the memory with a gradient that
-        crosses d boundaries. All of them compute the same numbers, and only the gradients differ.
+        crosses d boundaries. Without dropout all of them compute the same numbers, and only the gradients differ.
         The outputs are those of the deepest run; of the others only the memory is used. So
         truncation costs rmt_bptt + 1 runs of the stack.
         """
@@ -1679,6 +1683,11 @@ def check_architecture(config: Config) -> None:
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
                          "at once; raise it")
+    C = config.n_embd
+    smallest = 3 * C if config.memory == "mosaic2" and config.mosaic2_mlp else 2 * C * C + 2 * C
+    if config.memory in ("mosaic", "mosaic2") and not config.mosaic_slots and feedforward_size(config) < smallest:
+        raise ValueError(f"{config.memory} with n_embd={C} and n_head={config.n_head} leaves its second half no weights; "
+                         "take fewer heads")
     if config.mosaic2_short == 1:
         raise ValueError("mosaic2_short=1 leaves the short-term memory no pairs; give 2 or more")
     if config.memory == "rmt":
@@ -1688,8 +1697,8 @@ def check_architecture(config: Config) -> None:
 
 
 def unused_options(config: Config) -> list[str]:
-    """The settings that differ from their defaults but belong to another memory, so that they
-    change nothing here.
+    """The settings that differ from their defaults but are not read, so that they change nothing
+    here: those of another memory, and those of attention where nothing attends.
 
     A setting of the group "memory" belongs to the memory named before its first underscore, where
     deltanet is called delta; expand_v is deltanet's too, and mosaic_slots also mosaic2's where its
@@ -1707,6 +1716,21 @@ def unused_options(config: Config) -> list[str]:
             continue
         if owner != config.memory and getattr(config, f.name) != f.default:
             unused.append(f.name)
+
+    # Positions and windows are attention's; knn has a window of its own, and ttt rotates whatever pos says.
+    mixer = MEMORIES[config.memory].mixer
+    memory_attends = isinstance(mixer, type) and issubclass(mixer, Attention)
+    in_every_layer = len(layers_with_memory(config)) == config.n_layer
+    attends = memory_attends or not in_every_layer
+    is_unused = {
+        "window": not attends or (config.memory == "knn" and in_every_layer),
+        "pos": not attends,
+        "qk_norm": not attends,
+        "rope_theta": config.memory != "ttt" and not (attends and config.pos == "rope"),
+    }
+    for name, unread in is_unused.items():
+        if unread and getattr(config, name) != Config.__dataclass_fields__[name].default:
+            unused.append(name)
     return unused
 
 

@@ -941,6 +941,32 @@ def test_what_a_model_refuses():
     raises(ValueError, lambda: net.stream(idx[:, :0], state), "no tokens")
 
 
+def test_learned_positions_are_for_attention():
+    for memory, layers, there in (("none", "all", True), ("knn", "all", True), ("mosaic", "1", True), ("mosaic", "all", False), ("ttt", "all", False)):
+        net = small(memory, pos="learned", memory_layers=layers)
+        assert (net.body.wpe is not None) == there, (memory, layers)
+        if not there:
+            net.stream(tokens(length=T + 1))                                   # longer than a row of the training
+
+
+@each(memory=["none", "persistent", "rmt", "knn"])
+def test_keys_are_kept_in_the_dtype_of_values(memory):
+    """On a GPU rms_norm gives float32 under autocast, so that without a cast keys would take twice the bytes of values."""
+    rms_norm = F.rms_norm
+    as_on_a_gpu = lambda x, *rest, **more: rms_norm(x.float(), *rest, **more)
+    net = small(memory).float()
+    with mock.patch.object(model.F, "rms_norm", as_on_a_gpu), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        _, state = net.stream(tokens(T))
+    pairs = []
+    def find(x):
+        if hasattr(x, "k"):
+            pairs.append((x.k.dtype, x.v.dtype))
+        for part in x if isinstance(x, tuple) else ():
+            find(part)
+    find(state)
+    assert pairs and set(pairs) == {(torch.bfloat16, torch.bfloat16)}, pairs
+
+
 def test_settings_of_memories():
     for text, expected in (("all", {0, 1, 2, 3}), ("middle", {2}), ("3", {3}), ("1+3", {1, 3}), ("0+0", {0})):
         config = Config(memory="mosaic", memory_layers=text)
@@ -953,7 +979,11 @@ def test_settings_of_memories():
                            (Config(n_layer=3, **others), ["expand_v", "delta_steps", "knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
                            (Config(memory="mosaic2", **others), ["expand_v", "delta_steps", "knn_capacity"]),
                            (Config(memory="mosaic2", mosaic_slots=5), ["mosaic_slots"]),
-                           (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"])):
+                           (Config(memory="deltanet", **others), ["knn_capacity", "mosaic_slots", "mosaic2_mlp"]),
+                           (Config(memory="mosaic", window="L", pos="alibi", qk_norm=False), ["window", "pos", "qk_norm"]),
+                           (Config(memory="mosaic", window="L", pos="alibi", memory_layers="1"), []),
+                           (Config(memory="knn", window="L", pos="alibi", rope_theta=5.0), ["window", "rope_theta"]),
+                           (Config(memory="ttt", rope_theta=5.0), []), (Config(memory="rmt", window="L", qk_norm=False), [])):
         assert model.unused_options(config) == unused
     assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
@@ -1686,7 +1716,8 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
         ("--window=SXL", "SXL"), ("--memory=ttt --memory_layers=9", "9"), ("--memory=none,rmt --rmt_segment=60", "60"),
         ("--steps=0", "steps=0"), ("--lr=nan", "lr=nan"), ("--lr=-1", "lr=-1"), ("--lr=inf", "lr=inf"),
         ("--beta2=1", "beta2=1"), ("--clip=,1", "--clip="), ("--vocab_size=100", "100", "257"),
-        ("--device_batch_size=3", "device_batch_size=3", "4"), ("--dtype=bfloat16", "bfloat16"), ("--data_sha256=abc", "abc"),
+        ("--device_batch_size=3", "device_batch_size=3", "4"), ("--memory=persistent --persistent_slots=0", "persistent_slots=0"),
+        ("--memory=mosaic2 --n_embd=8 --n_head=8 --n_kv_head=1 --pos=none", "no weights"), ("--dtype=bfloat16", "bfloat16"), ("--data_sha256=abc", "abc"),
         ("--seed=1,2 --name=x", "such as x", "leave --name out"), ("--seed=1,1", "each value once"),
         ("--dataset=/nowhere/at/all", "/nowhere/at/all"), ("--out_dir=file", "cannot write", "file")]
     if not torch.cuda.is_available():
@@ -1697,7 +1728,7 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
             refused(train.main, [*base, *flags.split()], *words)
         assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/result.json"))
     notes = lambda *argv: call(lambda words: train.note_unused(train.parse_args(words)), *argv)[1]
-    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because no memory here reads it\n"
+    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because no layer here reads it\n"
     assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
 
@@ -1711,6 +1742,10 @@ def test_schedules():
     at = [train.lr_at(step, wsd) for step in range(100)]
     assert at[9:61] == [1.0] * 52 and all(a > b for a, b in zip(at[60:], at[61:]))
     assert train.lr_at(0, tiny(warmup=0)) == tiny().lr
+    short = [train.lr_at(step, tiny(steps=25, warmup=20, warmdown=0.4)) for step in range(25)]      # no jump where they overlap
+    assert max(abs(a - b) for a, b in itertools.pairwise(short)) < 0.11 * tiny().lr
+    # rows that several ranks shared out need not fit one process that only evaluates
+    assert train.uses_bf16(tiny(batch_size=48, device_batch_size=32)) is False
 
 
 def test_muon_is_torchs_muon():

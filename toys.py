@@ -1363,7 +1363,9 @@ def read_toy(name: str, argv: list[str]) -> list[Toy]:
     kind, begin = COMMANDS[name]
     # What --help shows as the defaults. It need not be a configuration, since one default may be a list: "1,3".
     shown = SimpleNamespace(**{f.name: begin.get(f.name, f.default) for f in fields(kind)})
-    set_here = ("task", "seed")  # by the toy's name, and by --seeds: these are no flags
+    # No flags: the toy's name and --seeds set two of these. Some toys have a varying number of targets a row, so that
+    # rows may not be averaged in parts.
+    set_here = ("task", "seed", "device_batch_size")
     given, _ = read_flags(kind, argv, usage=f"toys.py {name} [--key=value ...]",
                           description="Commas in a value make a grid.", shown=shown, fixed=set_here)
     # How runs are executed is the same for all of them.

@@ -346,15 +346,15 @@ def rows_at_once(cfg, rows: int) -> int:
 
 def lr_at(step: int, cfg) -> float:
     """Learning rate of step number `step`, counted from 0."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "cosine":
-        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
         share = 0.5 * (1 + math.cos(math.pi * done))
     else:
         left = cfg.steps - step
         share = min(1.0, left / max(1, round(cfg.warmdown * cfg.steps)))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * share
+    # In a short run the warm-up may overlap the decay.
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+    return warm * (cfg.min_lr + (cfg.lr - cfg.min_lr) * share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -665,15 +665,18 @@ def device_name(device: torch.device) -> str:
 
 
 def check_device(cfg) -> torch.device:
-    """pick_device(cfg). Raises UserError if there is no such device, if it cannot compute in cfg.dtype, or if the rows
-    of a step cannot be shared out."""
+    """pick_device(cfg). Raises UserError if there is no such device, or if it cannot compute in cfg.dtype."""
     device = pick_device(cfg)
     if cfg.dtype == "bfloat16" and device.type == "cpu":
         raise UserError("--dtype=bfloat16: only on CUDA, a CPU trains in float32; use --dtype=auto")
+    return device
+
+
+def check_rows(cfg) -> None:
+    """Raises UserError if the rows of a step cannot be shared out among ranks and passes."""
     if cfg.batch_size % world():
         raise UserError(f"--batch_size={cfg.batch_size}: not a multiple of the {world()} ranks; change one of them")
     rows_at_once(cfg, cfg.batch_size // world())
-    return device
 
 
 def uses_bf16(cfg) -> bool:
@@ -973,7 +976,12 @@ def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[
             check_same_settings(results[cfg.folder]["config"], cfg)
         else:
             check_device(cfg)  # before anything is run
+            check_rows(cfg)
             todo.append(cfg)
+    # On several nodes the folder may not be the same disk.
+    if world() > 1 and all_reduce([len(todo)], pick_device(configs[0])).item() != len(todo) * world():
+        raise UserError(f"the ranks see different results in {configs[0].folder.parent}; put out_dir on a disk that every "
+                        "node mounts")
     if results:
         say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
             "again)")
@@ -1277,7 +1285,8 @@ def note_unused(configs: list[RunConfig]) -> None:
     for cfg in configs:
         unused &= set(unused_options(cfg))
     for name in sorted(unused):
-        say(f"note: --{name} changes nothing, because no memory here reads it")
+        if any(getattr(cfg, name) != getattr(cfg.usual(), name) for cfg in configs):
+            say(f"note: --{name} changes nothing, because no layer here reads it")
 
 
 def start_processes(cfg: RunConfig) -> None:
