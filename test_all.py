@@ -949,6 +949,25 @@ def test_learned_positions_are_for_attention():
             net.stream(tokens(length=T + 1))                                   # longer than a row of the training
 
 
+def test_deltanet_adds_value_embeddings_to_what_the_convolution_reads():
+    """As in every other memory they join the projected values. Behind the convolution, which shrinks these, they would be
+    three times too wide."""
+    net, read, convolve = small("deltanet", value_embeds=True), [], model.causal_conv
+    def recorded(x, weight, tail):
+        read.append(x.detach().clone())
+        return convolve(x, weight, tail)
+    with mock.patch.object(model, "causal_conv", recorded):
+        net(tokens())
+        torch.nn.init.zeros_(net.value_embeds.weight)
+        net(tokens())
+    with_embeddings, without = read[:len(read) // 2], read[len(read) // 2:]
+    first, second = next((a, b) for a, b in zip(with_embeddings, without) if not torch.equal(a, b))
+    C = net.config.n_embd
+    assert torch.equal(first[..., :2 * C], second[..., :2 * C])         # q and k have none
+    width = (first - second)[..., 2 * C:].std() / second[..., 2 * C:].std()
+    assert 0.5 < width < 2, width
+
+
 @each(memory=["none", "persistent", "rmt", "knn"])
 def test_keys_are_kept_in_the_dtype_of_values(memory):
     """On a GPU rms_norm gives float32 under autocast, so that without a cast keys would take twice the bytes of values."""
