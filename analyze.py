@@ -243,7 +243,8 @@ def picture(figure) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that stands under its name whole or not at all."""
+    """Writes a file that stands under its name whole or not at all. (data.replacing also waits for the disk, but data.py
+    imports torch.)"""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
@@ -745,7 +746,7 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
 
 
 def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
-    """The cell to compare with, of the same study, T and training tokens; its name is the first of `names` that is there.
+    """The cell to compare with, of the same `setting`; its name is the first of `names` that is there.
 
     If several cells have that name, the one with the same window is taken, and then the one with the
     fewest other settings that differ.
@@ -1076,8 +1077,8 @@ def comparisons(cells) -> list[Comparison]:
         if others[0] is c:
             continue
         # one cell may play two of these parts
-        others = {id(against): against for against in others if against is not None and against is not c}
-        for against in others.values():
+        distinct = {id(against): against for against in others if against is not None and against is not c}
+        for against in distinct.values():
             found.append(Comparison(c, against, paired(c.bpb(), against.bpb())))
     return found
 
@@ -1279,8 +1280,8 @@ def length_table(cells) -> str:
 
 
 def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
-    """(T, label without its steps) -> what it wins back after each number of training tokens, the fewest first. What was
-    trained for one number alone is left out."""
+    """(T, label without its steps) -> what it wins back after each number of training tokens, the fewest first. What
+    was trained for one number alone is left out."""
     found = {}
     for won in won_back(cells):
         if won.cell.costs("train_tokens"):
@@ -1557,7 +1558,8 @@ def figure_budget(cells):
     axes[0, 0].set_ylabel("closure (0 = windowed, 1 = global)")
     handles = {}
     for ax in axes[0]:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+        for handle, name in zip(*ax.get_legend_handles_labels()):
+            handles[name] = handle
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
@@ -1691,8 +1693,8 @@ peak memory is the GPU's, or that of the process if there was no GPU.
 DIFFERENCES = f"""
 Runs of one seed have read the same batches. So a difference is taken seed by seed, condition minus
 baseline, over the n seeds that both have. It is in mBPB (0.001 bits per byte); a negative one is better
-than the baseline. The learning rates may differ (see above). Below {MIN_SEEDS} seeds there is no interval and no test. In brackets stands Holm's
-correction, over all tests of this table, for each kind of test. Where the interval holds 0, "could be
+than the baseline. The learning rates may differ (see above). Below {MIN_SEEDS} seeds there is no interval
+and no test. In brackets stands Holm's correction, over all tests of this table, for each kind of test. Where the interval holds 0, "could be
 seen" is the smallest true difference that so many seeds, scattering like these, would have shown in
 four of five repetitions (power 0.8). With n pairs the exact sign-flip p
 can't be below 2/2^n, so with fewer than 6 it can't be below 0.05.
@@ -1850,8 +1852,8 @@ def main(argv=None) -> int:
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
     n_runs = sum(len(c.runs) for c in cells)
-    print(f"{n_runs} runs, {len(cells)} conditions, {len(repeats)} repeated seeds left out, {len(skipped)} files skipped "
-          f"-> {out / 'REPORT.md'}")
+    print(f"{n_runs} runs, {len(cells)} conditions, {len(repeats)} repeated seeds left out, {len(skipped)} files "
+          f"skipped -> {out / 'REPORT.md'}")
     return 1 if skipped else 0
 
 

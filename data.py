@@ -130,7 +130,8 @@ WORDS = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\
 
 
 class UserError(Exception):
-    """What the user has to know and can change, in one sentence. A script prints it as "error: ..." and exits with status 2."""
+    """What the user has to know and can change, in one sentence. A script prints it as "error: ..." and exits with
+    status 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,7 +397,8 @@ def open_shard(path: Path) -> np.ndarray:
     count = header[2]
     if size != SHARD_HEADER + 2 * count:
         raise UserError(f"{path} is truncated or damaged: {count} tokens expected, "
-                        f"{(size - SHARD_HEADER) // 2} found; replace it (a downloaded one is loaded again once it is deleted)")
+                        f"{(size - SHARD_HEADER) // 2} found; replace it (a downloaded one is loaded again once it is "
+                        "deleted)")
     return np.memmap(path, "<u2", "r", SHARD_HEADER)
 
 

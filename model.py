@@ -1683,11 +1683,16 @@ def check_architecture(config: Config) -> None:
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
                          "at once; raise it")
+    # A mosaic block's second half has what its first half leaves: at least one channel of the MLP, or one learned pair.
     C = config.n_embd
-    smallest = 3 * C if config.memory == "mosaic2" and config.mosaic2_mlp else 2 * C * C + 2 * C
-    if config.memory in ("mosaic", "mosaic2") and not config.mosaic_slots and feedforward_size(config) < smallest:
-        raise ValueError(f"{config.memory} with n_embd={C} and n_head={config.n_head} leaves its second half no weights; "
-                         "take fewer heads")
+    smallest = 0
+    if config.memory == "mosaic2" and config.mosaic2_mlp:
+        smallest = 3 * C
+    elif config.memory in ("mosaic", "mosaic2") and not config.mosaic_slots:
+        smallest = 2 * C * C + 2 * C
+    if smallest and feedforward_size(config) < smallest:
+        raise ValueError(f"{config.memory} with n_embd={C} and n_head={config.n_head} leaves its second half no "
+                         "weights; take fewer heads")
     if config.mosaic2_short == 1:
         raise ValueError("mosaic2_short=1 leaves the short-term memory no pairs; give 2 or more")
     if config.memory == "rmt":

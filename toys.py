@@ -1394,8 +1394,8 @@ def plan(argv: list[str]) -> list[Toy]:
             raise UserError(f"{name}: expected a toy, one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
         toys = read_toy(name, flags + argv)
         if name in PAIRS and len({cfg.T for cfg in toys}) > 1:
-            raise UserError(f"--T: {name} takes one length at a time, because its table has a column for each number of "
-                            "pairs")
+            raise UserError(f"--T: {name} takes one length at a time, because its table has a column for each number "
+                            "of pairs")
         for cfg in toys:
             configs[cfg.folder] = cfg
     return list(configs.values())

@@ -340,7 +340,7 @@ def rows_at_once(cfg, rows: int) -> int:
     """How many of a rank's rows are in one forward pass. Raises UserError if that does not divide them."""
     micro = min(cfg.device_batch_size or rows, rows)
     if rows % micro:
-        raise UserError(f"--device_batch_size={micro}: it does not divide the {rows} rows of a rank; change one of them")
+        raise UserError(f"--device_batch_size={micro} does not divide the {rows} rows of a rank; change one of them")
     return micro
 
 
@@ -482,8 +482,8 @@ def check_same_settings(old: dict, cfg) -> None:
         if name not in free and before != value:
             differ.append(f"{name} (there {before}, now {value})")
     if differ:
-        raise UserError(f"{cfg.folder} holds a run with another {', '.join(differ)}; choose another --out_dir, or delete "
-                        "that folder")
+        raise UserError(f"{cfg.folder} holds a run with another {', '.join(differ)}; choose another --out_dir, or "
+                        "delete that folder")
 
 
 def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
@@ -964,7 +964,8 @@ def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[
 
     job(cfg) returns measurements; headline(result) says the main one in a line, and show(cfg, result) tells more of a
     run that has just been saved. A run whose result.json is there is read instead of run. One that diverges does not
-    stop the others. With several workers that many run side by side, one thread each, every one in a process of its own.
+    stop the others. With several workers that many run side by side, one thread each, every one in a process of its
+    own.
     """
     # A run counts as finished when its result.json is there: it is the last file that a run writes.
     results = {}
@@ -980,8 +981,8 @@ def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[
             todo.append(cfg)
     # On several nodes the folder may not be the same disk.
     if world() > 1 and all_reduce([len(todo)], pick_device(configs[0])).item() != len(todo) * world():
-        raise UserError(f"the ranks see different results in {configs[0].folder.parent}; put out_dir on a disk that every "
-                        "node mounts")
+        raise UserError(f"the ranks see different results in {configs[0].folder.parent}; put out_dir on a disk that "
+                        "every node mounts")
     if results:
         say(f"{len(results)} of {len(configs)} runs are finished already and skipped (delete their folders to run them "
             "again)")
@@ -1040,6 +1041,7 @@ def in_workers(configs: list, job, workers: int):
         raise UserError("a worker was killed, perhaps for want of memory; finished runs are kept, so give the same "
                         "command again with --jobs=1") from None
     except BaseException:
+        # Also Ctrl-C, an error of the caller, or its leaving off (GeneratorExit): the workers end first, then it goes on.
         for process in active_children():
             process.terminate()
         raise
@@ -1148,7 +1150,8 @@ def fill_in(cfg: RunConfig, corpus) -> RunConfig:
     settings name, or has more tokens than they allow."""
     n = corpus.vocab_size
     if cfg.vocab_size and cfg.vocab_size < n:
-        raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give at least {n}, or 0")
+        raise UserError(f"--vocab_size={cfg.vocab_size}: the tokenizer {cfg.tokenizer} has {n} tokens; give at least "
+                        f"{n}, or 0")
     if cfg.data_sha256 and cfg.data_sha256 != corpus.sha256:
         raise UserError(f"{corpus.name}: sha256 is {corpus.sha256}, expected {cfg.data_sha256}; the corpus has "
                         "changed, so restore its files or train again")
