@@ -730,6 +730,8 @@ def test_mosaic2_flops():
     layer = mosaic2_layer()
     pairs = sum(min(t, 11) + t for t in range(1, 41))
     assert abs(layer.flops(40) - 4 * 16 * pairs / 40 - 2 * 2 * 16) < 1e-9      # and two leaky averages
+    learned = model.PersistentMemory(Config(memory="mosaic", n_embd=16, n_head=2, mosaic_slots=5))
+    assert learned.flops(40) == 4 * 5 * 16 + 2 * 16
 
 
 @each(member=["plain", *DELTA_FAMILY])
@@ -1249,6 +1251,14 @@ def test_download_completes_or_says_why_not():
             assert os.listdir(path) == ["a.bin.part"] and len(log) == data.RETRIES
 
 
+def test_progress_without_a_total_stays_on_one_line():
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        progress = data.Progress("x", total=0)
+        progress.terminal, progress.shown = True, 0.0
+        progress.update(10**6)
+    assert told.getvalue().endswith("\r") and "1.0 of" in told.getvalue()
+
+
 def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable():
     with small_corpus() as (path, _):
         def read(file):
@@ -1754,9 +1764,13 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
         put(path, file="")
         for flags, *words in refusals:
             refused(train.main, [*base, *flags.split()], *words)
+        with mock.patch.object(train, "load_corpus", side_effect=AssertionError("the corpus is read first")):
+            refused(train.main, [*base, "--device_batch_size=3"], "does not divide the 4 rows")
         assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/result.json"))
     notes = lambda *argv: call(lambda words: train.note_unused(train.parse_args(words)), *argv)[1]
     assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because no layer here reads it\n"
+    assert notes("--memory=mosaic", "--preset=gpt2") == ""               # what the preset says is no slip of the user's
+    assert "--window changes nothing" in notes("--memory=mosaic", "--window=L")
     assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
 
@@ -2971,6 +2985,7 @@ def test_abilities_are_the_best_settings_of_each_memory():
             cfg.folder.mkdir(parents=True)
             (cfg.folder / "result.json").write_text(json.dumps(cfg.identity() | dict(config=vars(cfg)) | measured))
 
+        put(out, language__run__result_json=json.dumps(result()))          # not a toy's: it is passed over
         assert analyze.read_abilities(Path(out)) == {}
         for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.7)):
             leave(toys.Length, dict(accuracy=[1, 1, right, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed, jobs=seed)
