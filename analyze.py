@@ -130,10 +130,18 @@ CONDITIONS = {
 }
 
 
+def shortest_pattern(settings: dict) -> str:
+    """The window pattern as the layers see it: S or L where all of them are alike (LL, or SSSL in three layers)."""
+    window = settings.get("window", USUAL_WINDOW)
+    layers = settings.get("n_layer")
+    if not isinstance(layers, int):     # memory-bench's files don't name it
+        layers = len(window)
+    letters = set((window * layers)[:layers])
+    return window[0] if len(letters) == 1 else window
+
+
 def attention_name(window: str) -> str:
     """The name of a run without a memory, from the pattern of its attention layers."""
-    if len(set(window)) == 1:       # LL is L
-        window = window[0]
     names = {"S": "floor", USUAL_WINDOW: "local", "L": "global"}
     return names.get(window, f"window {window}")
 
@@ -154,7 +162,7 @@ def condition(settings: dict) -> str:
     """
     memory = settings.get("memory", "none")
     layers = settings.get("memory_layers", "all")
-    window = settings.get("window", USUAL_WINDOW)
+    window = shortest_pattern(settings)
 
     if memory == "none":
         return attention_name(window)
@@ -297,6 +305,8 @@ def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
 # ----------------------------------------------------------------------------------------------------------------------
 # Which memory can do what? One picture, from the result files of toys.py.
 
+# Settings of a toy that say how much is learned from, and how it is tested.
+TRAINED_ON = ("T", "steps", "batch_size", "test_rows", "automata", "test_automata")
 STATE_BUDGET = 32 * 1024  # bytes, for the comparison of capacities
 # Levels on the way from guessing (0) to perfect (1): name, where the level begins, colours of cell and text.
 LEVELS = (
@@ -312,7 +322,7 @@ def pairs_held(result: dict) -> tuple[float, float]:
     N pairs are asked for in 4N tokens. Between the numbers of pairs that were tested, accuracy is
     interpolated linearly; with 0 pairs it is 1.
     """
-    tested = [length / 4 for length in result["lengths"]]
+    tested = [length // 4 for length in result["lengths"]]
     held = tested[-1]
     for (N, accuracy), (more, lower) in itertools.pairwise(zip([0, *tested], [1, *result["accuracy"]])):
         if lower < 0.9:
@@ -324,7 +334,7 @@ def pairs_held(result: dict) -> tuple[float, float]:
 def pairs_in_budget(result: dict) -> float:
     """How many pairs are held by a state of at most STATE_BUDGET bytes."""
     held, _ = pairs_held(result)
-    tested = [length / 4 for length in result["lengths"]]
+    tested = [length // 4 for length in result["lengths"]]
     return min(held, float(np.interp(STATE_BUDGET, result["state_bytes"], tested, left=0)))
 
 
@@ -354,25 +364,32 @@ ABILITIES = {
 def read_abilities(folder: Path) -> dict[str, dict]:
     """memory -> ability -> its number, from all results of toys.py in this folder; memories in the order of LOOKS.
 
-    A number is the mean over seeds. Where a memory was trained with several settings the best ones
-    count. Of regbench 1000 automata count, and its transformer with rotations is global attention.
+    A number is the mean over seeds. Where a memory was trained with several settings, such as learning
+    rates, the best ones count. What is trained and tested on is the same for all memories: what most
+    runs have (see TRAINED_ON), and for regbench 1000 automata. Its transformer with rotations is
+    global attention.
     """
-    seeds = {}  # memory, ability, all settings -> the numbers of the seeds
+    seeds = {}    # memory, ability, what it was trained on, all settings -> the numbers of the seeds
+    common = {}   # ability -> how many runs were trained on what
     for path in sorted(folder.glob("*/*/result.json")):
-        result = json.loads(path.read_text())
-        if not is_toy(result):
+        result = read_toy(path)
+        if result is None:
             continue
         config = result["config"]
         ability = config.get("task", result["toy"])
-        if ability in ABILITIES and config.get("automata", 1000) == 1000:
-            memory = "global" if config["model"] == "rope" else config["model"]
-            settings = {name: value for name, value in config.items() if name not in EXECUTION}
-            key = memory, ability, json.dumps(settings, sort_keys=True)
-            seeds.setdefault(key, []).append(ABILITIES[ability].measure(result))
+        if ability not in ABILITIES or config.get("automata", 1000) != 1000:
+            continue
+        memory = "global" if config["model"] == "rope" else config["model"]
+        trained_on = tuple(config.get(name) for name in TRAINED_ON)
+        common.setdefault(ability, Counter())[trained_on] += 1
+        settings = {name: value for name, value in config.items() if name not in EXECUTION}
+        key = memory, ability, trained_on, json.dumps(settings, sort_keys=True)
+        seeds.setdefault(key, []).append(ABILITIES[ability].measure(result))
 
-    best = {name: {} for name in sorted({memory for memory, _, _ in seeds}) if base_name(name) in LOOKS}
-    for (memory, ability, _), numbers in seeds.items():
-        if memory in best:
+    best = {name: {} for name in sorted({key[0] for key in seeds}) if base_name(name) in LOOKS}
+    for (memory, ability, trained_on, _), numbers in seeds.items():
+        [(usual, _)] = common[ability].most_common(1)
+        if memory in best and trained_on == usual:
             best[memory][ability] = max(best[memory].get(ability, 0), float(np.mean(numbers)))
     return {name: best[name] for name in sorted(best, key=lambda name: list(LOOKS).index(base_name(name)))}
 
@@ -499,6 +516,15 @@ def is_toy(content) -> bool:
     return isinstance(content, dict) and "toy" in content
 
 
+def read_toy(path: Path) -> dict | None:
+    """The result of a toy; None if the file holds something else. Raises UserError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete its folder, and run the toy again") from None
+    return content if is_toy(content) else None
+
+
 def is_result(content) -> bool:
     """Is this the result of a training run, complete or not? A toy's result and other JSON files are not."""
     if not isinstance(content, dict) or is_toy(content):
@@ -528,6 +554,7 @@ def read_settings(content: dict) -> dict:
     if settings["memory"] == "baseline":
         settings["memory"] = "none"
     settings["window"] = str(settings.get("window") or USUAL_WINDOW)
+    settings["window"] = shortest_pattern(settings)
     settings["memory_layers"] = str(settings.get("memory_layers", "all"))
     return settings
 
@@ -585,7 +612,8 @@ def read_run(path: Path) -> RunRecord | None:
         recombined=recombined,
         costs=read_costs(content),
         log=[entry for entry in log if isinstance(entry, dict) and finite(entry.get("val_bpb"))],
-        config=config | recorded,
+        # two patterns that make the same layers are one configuration
+        config=config | recorded | ({"window": settings["window"]} if "window" in config else {}),
     )
 
 
@@ -1269,8 +1297,10 @@ def length_table(cells) -> str:
     for c in cells:
         scores.setdefault(c.label, {})[c.T] = mean_and_spread(c, digits=4)
     for c, windowed, ceiling, gain, deficit in won_back(cells):
+        # the deficit belongs to the baselines, so here it is that of all their seeds, whichever of them c has
         name = f"deficit: {windowed.label} − {ceiling.label}, mBPB"
-        deficits.setdefault(name, {})[c.T] = interval(deficit.mean, deficit.lo, deficit.hi)
+        of_all = paired(windowed.bpb(), ceiling.bpb())
+        deficits.setdefault(name, {})[c.T] = interval(of_all.mean, of_all.lo, of_all.hi)
         closures.setdefault(f"closure of {c.label}", {})[c.T] = closure_text(gain.diffs, deficit.diffs)
 
     rows = []
@@ -1280,12 +1310,13 @@ def length_table(cells) -> str:
 
 
 def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
-    """(T, label without its steps) -> what it wins back after each number of training tokens, the fewest first. What
+    """(T, label without its budget) -> what it wins back after each number of training tokens, the fewest first. What
     was trained for one number alone is left out."""
     found = {}
     for won in won_back(cells):
         if won.cell.costs("train_tokens"):
-            label = " ".join(word for word in won.cell.label.split(" ") if not word.startswith("steps="))
+            words = won.cell.label.split(" ")
+            label = " ".join(word for word in words if not word.startswith(("steps=", "train_tokens=")))
             found.setdefault((won.cell.T, label), {})[training_tokens(won)] = won
     return {key: [budgets[tokens] for tokens in sorted(budgets)] for key, budgets in found.items() if len(budgets) > 1}
 

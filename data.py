@@ -429,9 +429,15 @@ def read_parquet(path: Path) -> Iterator[tuple[str, int]]:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{path} is parquet and pyarrow is not there: pip install pyarrow") from error
-    for rows in parquet.ParquetFile(path).iter_batches(columns=["text"]):
-        for text in rows.column(0).to_pylist():
-            yield text or "", 0
+    # what is no parquet is a ValueError of pyarrow's; a column that is missing is left out of the rows
+    try:
+        for rows in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            for text in rows.to_pydict()["text"]:
+                if not isinstance(text, str | None):
+                    raise ValueError(f"its text is {text!r}")
+                yield text or "", 0
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} should be a parquet file with a column of strings named text ({error!r})") from None
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, int]]:
@@ -455,7 +461,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, int]]:
             # what is no JSON is refused below, like JSON without a text
             try:
                 text = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 text = None
             if isinstance(text, dict):
                 text = text.get("text", text.get("story"))
@@ -502,7 +508,8 @@ def read_topic(file: File) -> Iterator[tuple[str, int]]:
 
 def draw(key: str) -> float:
     """A number from 0 to 1 that looks random and depends on the key only."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:12], 16) / 16**12
+    # the names of files need not be UTF-8
+    return int(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:12], 16) / 16**12
 
 
 class Text:
@@ -723,8 +730,8 @@ def find_text(dataset: str, cache: Path, quiet: bool = False) -> Text:
     if dataset == "shakespeare":
         return Text(name, [File(name, get(SHAKESPEARE, SHAKESPEARE_SHA256), "")])
 
-    # the user's own text
-    if Path(dataset).exists():
+    # the user's own text; an empty name would be this folder
+    if dataset and Path(dataset).exists():
         return path_text(Path(dataset))
 
     raise UserError(f"there is no dataset {dataset!r}: a file, a folder or one of {', '.join(CORPORA)} "
@@ -905,9 +912,9 @@ def get_encoding(tokenizer: str, text: Text | None = None, cache: str | Path = "
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """The tokens of a text. Nothing in a text is special: the characters <|endoftext|> are encoded like others."""
-    # bytes need no tiktoken
+    # bytes need no tiktoken; what the command line holds need not be UTF-8
     if encoding.name == "byte":
-        return np.frombuffer(text.encode(), np.uint8)
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
     # tiktoken takes minutes for a very long run (no white space, or line ends only): then the whole text is cut
     # into slices

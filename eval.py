@@ -77,9 +77,9 @@ from torch import Tensor
 from data import BABI_STORIES, UserError, did_you_mean, encode
 from model import (GPT, MEMORIES, Attention, Block, ContextualMemory, GatedKey, ShortAndLongMemory, check_options,
                    option, state_bytes)
-from train import (RunConfig, autocast, bits_per_byte, by_bucket, checked, device_name, evaluate_bpb,
-                   fill_in, load_corpus, load_run, parse_value, peak_memory_mib, peak_mib, pick_device,
-                   read_flags, reset_peak_memory, save, save_json)
+from train import (RunConfig, autocast, bits_per_byte, by_bucket, check_one_process, checked, device_name,
+                   evaluate_bpb, fill_in, load_corpus, load_run, parse_value, peak_memory_mib, peak_mib,
+                   pick_device, read_flags, reset_peak_memory, save, save_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,6 +202,7 @@ class Run(NamedTuple):
     label: str         # short, for tables and pictures
     model: GPT
     cfg: RunConfig
+    step: int = 0      # steps that it was trained
 
     def condition(self) -> str:
         """The name of what this run tests: it decides the colour."""
@@ -235,11 +236,15 @@ def open_runs(paths: list[str], opts: Options) -> list[Run]:
         if folder.resolve() in opened:
             continue
         opened.add(folder.resolve())
-        model, cfg, _ = load_run(folder)
+        model, cfg, checkpoint = load_run(folder)
+        step = checkpoint["step"]
+        if step < cfg.steps:
+            print(f"note: {folder} is not finished: it is measured as it was after step {step:,} of {cfg.steps:,}",
+                  file=sys.stderr)
 
         # What was trained in bfloat16 can be read on a CPU too, in float32.
         cfg = replace(cfg, device=opts.device, dtype="float32" if cfg.dtype == "float32" else "auto")
-        runs.append(Run(folder, "", model.to(pick_device(cfg)), cfg))
+        runs.append(Run(folder, "", model.to(pick_device(cfg)), cfg, step))
 
     # Runs that only a folder tells apart are called by their folders.
     labels = [label_of(run, runs) for run in runs]
@@ -454,7 +459,7 @@ def plain(x):
 
 def save_result(run: Run, task: str, result: dict) -> None:
     """Writes out/<run>/eval_<task>.json: which run this is, then what was measured."""
-    content = dict(run.cfg.identity(), task=task, device=device_name(pick_device(run.cfg)))
+    content = dict(run.cfg.identity(), step=run.step, task=task, device=device_name(pick_device(run.cfg)))
     content.update(result)
     save_json(run.folder / f"eval_{task}.json", plain(content))
 
@@ -574,6 +579,18 @@ def draw_by_position(task: str, runs: list[Run], results: list[dict]) -> None:
     save_picture(runs[0], task, figure)
 
 
+def whole_rows(run: Run, corpus, cfg: RunConfig) -> dict:
+    """`evaluate_bpb`, with fewer rows at once where the memory is too small."""
+    rows = run.rows_at_once(cfg.max_seq_len)
+    while True:
+        try:
+            return evaluate_bpb(run.model, corpus, replace(cfg, batch_size=rows, device_batch_size=0))
+        except FAILURES as e:
+            if limit(e) != OUT_OF_MEMORY or rows == 1:
+                raise
+        rows = rows // 2
+
+
 def task_bpb(runs: list[Run], opts: Options) -> None:
     """Whole rows, by the function that training uses. `position` sums the same losses in its own
     way: its total must agree."""
@@ -587,7 +604,7 @@ def task_bpb(runs: list[Run], opts: Options) -> None:
         for x, y, _ in corpus.eval_batches(cfg.max_seq_len, 64, cfg.eval_tokens or None):
             add_tokens(digest, x, y)
 
-        result = dict(tokens_sha256=digest.hexdigest(), **evaluate_bpb(run.model, corpus, cfg))
+        result = dict(tokens_sha256=digest.hexdigest(), **whole_rows(run, corpus, cfg))
         save_result(run, "bpb", result)
         results.append(result)
     rows = [[run.label, r["val_bpb"], r["val_loss"]] for run, r in zip(runs, results)]
@@ -1538,6 +1555,7 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, 2 after bad input, 130 after Ctrl-C"""
     try:
         paths, opts = parse_args(sys.argv[1:] if argv is None else argv)
+        check_one_process("eval.py")
         note_unused(opts)
         runs = open_runs(paths, opts)
         with memory_ceiling(pick_device(runs[0].cfg)):

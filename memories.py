@@ -155,8 +155,8 @@ def _leaky_loop(x, decay, y):
     else:
         decays = [decay] * x.size(1)
     outputs = []
-    for x_t, decay_t in zip(x.unbind(1), decays):
-        y = x_t + decay_t[..., None] * y
+    for new, decay_t in zip(x.unbind(1), decays):
+        y = new + decay_t[..., None] * y
         outputs.append(y)
     return torch.stack(outputs, 1)
 
@@ -201,7 +201,7 @@ def _leaky_chunk_per_token(x, log_decay, state):
     y = L @ x
 
     # y of the token before each chunk: the state, and then the chunks' ends
-    log_to_here = log_decay.cumsum(-1)                                                  # of λ_1 … λ_i
+    log_to_here = log_decay.cumsum(-1)                                                  # of λ_0 … λ_i
     before = state[:, :, None]                                                          # (B,H,1,D)
     if y.size(2) > 1:
         ends = y[:, :, :-1, -1].transpose(1, 2)                                         # (B,n-1,H,D)
@@ -209,7 +209,7 @@ def _leaky_chunk_per_token(x, log_decay, state):
         ends = _leaky_chunk_per_token(ends, log_decay_of_chunks, state)
         before = torch.cat([before, ends.transpose(1, 2)], 2)                           # (B,H,n,D)
 
-    # what came before reaches position i of a chunk with weight λ_1 … λ_i
+    # what came before reaches position i of a chunk with weight λ_0 … λ_i
     y = y + log_to_here.exp()[..., None] * before[:, :, :, None]
     return y.movedim(1, 3).reshape(B, -1, H, D)[:, :T]
 
@@ -411,7 +411,7 @@ def _ttt_torch(form, q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 
 
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LN(z) over the last axis, with the biased variance."""
+    """LN(z) over the last axis, with the biased variance. z (...,H,D), weight and bias (H,D) -> (...,H,D)"""
     return F.layer_norm(z, z.shape[-1:], eps=LN_EPS) * weight + bias
 
 
@@ -419,6 +419,8 @@ def ttt_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Ten
     """∂/∂z of ½‖LN(z) - target‖² in closed form. With ẑ = (z - μ)/σ and e = ∂ℓ/∂ẑ it is
 
         (e - mean(e) - ẑ mean(e ẑ)) / σ
+
+    Shapes as in `layer_norm`; target and the result have the shape of z.
     """
     var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
     inv_sigma = (var + LN_EPS).rsqrt()
@@ -1010,11 +1012,11 @@ def _ttt_forward(k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, lr
 
     There is one program for a head; it walks the mini-batches. In registers are W (D, D) and b in
     float32. It reads k, v and η, and writes G, and W and b at the start of every 64 tokens; for the
-    backward pass also ẑ and 1/σ. A step of W is taken at the start of the next iteration: the
-    compiler cuts all products of a loop as it cuts the last one, and that should be K W, whose
-    columns the warps can share. A mini-batch of more than 16 tokens is walked in pieces of 16.
-    W_start and b_start are those of the first mini-batch; in registers b_W_start and b_b_start are
-    those of the running one, which all of its pieces use."""
+    backward pass also ẑ and 1/σ. A step of W is taken at the start of the next iteration, so that
+    K W is the last product of the loop: the compiler divides all products of a loop among the warps
+    as it divides the last one, and the columns of K W can be divided. A mini-batch of more than 16
+    tokens is walked in pieces of 16. W_start and b_start are those of the first mini-batch; in
+    registers b_W_start and b_b_start are those of the running one, which all of its pieces use."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
@@ -1572,7 +1574,7 @@ def check(device: str) -> None:
 
 SHAPES = {"A": (8, 4096, 6, 128), "B": (16, 2048, 12, 64)}          # B, T, H, D
 
-# an H200's products in bf16 and its copies, as measured; these two ceilings are the roofline
+# what an H200 is assumed to reach in products of bf16 and in copies; these two ceilings are the roofline
 FLOPS_A_SECOND = 790e12
 BYTES_A_SECOND = 4.3e12
 

@@ -186,7 +186,7 @@ class Config:
 
 PRESETS = {
     # This one trains in minutes on two cores. Its 128 channels make 2 heads of 64: normalised queries
-    # and keys score √D at most, and that must tell one key from max_seq_len others. With this RoPE base
+    # and keys score √D at most, so a small D could not single out one of max_seq_len keys. With this RoPE base
     # half of the wavelengths fit into a row.
     "laptop": dict(n_head=2, rope_theta=10_000.0, token_shift=True),
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
@@ -269,8 +269,8 @@ def causal_conv(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor,
 
 
 def conv_start(*shape) -> Tensor:
-    """How the filters and biases of a short convolution start in both official codes (nn.Conv1d's
-    way): uniform within ±1/√width."""
+    """How the filters and biases of a short convolution start in the official codes of Gated DeltaNet
+    and TTT (nn.Conv1d's way): uniform within ±1/√width."""
     return torch.empty(shape).uniform_(-1, 1) * CONV_WIDTH ** -0.5
 
 
@@ -381,7 +381,7 @@ def repeat_heads(x: Tensor, H: int) -> Tensor:
 
 def one_hot_values(k: Tensor) -> Tensor:
     """One unit vector a key: with these for values, attention returns its weights. k (B,H,keys,D)
-    -> (B,H,keys,keys)"""
+    -> (B,H,keys,keys) in float64"""
     n = k.size(2)
     return torch.eye(n, device=k.device, dtype=torch.float64).expand(*k.shape[:2], n, n)
 
@@ -531,7 +531,7 @@ class Attention(nn.Module):
         return torch.cat([x[:, :, :self.n_free], x[:, :, x.size(2) - recent:]], 2)
 
     def with_slots(self, k, v):
-        """Keys and values with a memory's slots before them, and how many free keys come first."""
+        """k, v (B,Hkv,T,D) -> the same with a memory's slots before them, and how many free keys come first."""
         return k, v, self.n_free
 
     def weights(self, x, state=None, ve=None):
@@ -571,7 +571,7 @@ class PersistentAttention(Attention):
         self.slot_scale = nn.Parameter(torch.tensor([0.01]))  # the slots start by adding little to the values
 
     def with_slots(self, k, v):
-        """One softmax over [slots; tokens]."""
+        """One softmax over [slots; tokens]: k, v (B,Hkv,T,D) -> (B,Hkv,M+T,D), and the free keys."""
         slot_k = split_heads(self.slot_k[None].to(k.dtype), self.D)  # (1,Hkv,M,D)
         slot_v = split_heads((self.slot_scale * self.slot_v)[None].to(v.dtype), self.D)
         if self.qk_norm:
@@ -630,7 +630,7 @@ class KNNAttention(Attention):
 
     def slow(self, x):
         """The layer on a whole sequence, token by token, with one dictionary as the store of
-        each sequence and key/value head."""
+        each sequence and key/value head. x (B,T,C) -> (B,T,C)"""
         q, k, v = self.project(x, None)
         y_window, _ = self.look_back(q, k, v, None)
         q, k = self.by_content(q, k)
@@ -665,13 +665,15 @@ class KNNAttention(Attention):
         return self.out(join_heads(y))
 
     def by_content(self, q, k):
-        """Queries and keys as they meet in the store: normalised, and not rotated."""
+        """Queries (B,H,T,D) and keys (B,Hkv,T,D) as they meet in the store: normalised, and not rotated."""
         if self.qk_norm:                                        # `project` has done it
             return q, k
         return F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))
 
     def forward(self, x, state=None, ve=None):
-        """Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A
+        """x (B,T,C) -> y (B,T,C), the state after it.
+
+        Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A
         block is written before its first token leaves the window, and each query sees only those
         that have left it, so nothing is seen twice or missed. The price is that up to 63 of the N
         places hold pairs still waiting."""
@@ -713,8 +715,8 @@ class KNNAttention(Attention):
         return self.out(join_heads(y)), state
 
     def write(self, store, k, v, first, now):
-        """The tokens first, first+1, … enter the store; where they do not fit, the oldest (fifo) or
-        least recently retrieved (lru) pairs leave."""
+        """The tokens first, first+1, … enter the store, as k and v (B,Hkv,tokens,D); where they do not
+        fit, the oldest (fifo) or least recently retrieved (lru) pairs leave."""
         position = torch.arange(first, first + k.size(2), device=k.device).expand(*k.shape[:3])
         new = Store(k, v, written=position, used=torch.full_like(position, now))
         if store is None:
@@ -757,7 +759,7 @@ class KNNAttention(Attention):
         return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store
 
     def last_use(self, store, score, best, outside, t):
-        """When each stored pair was last retrieved, after the queries at t.
+        """When each stored pair was last retrieved (B,Hkv,pairs), after the queries at t.
 
         Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all
         that tie with the last taken count as retrieved: otherwise what leaves the store would
@@ -827,7 +829,7 @@ class TTT(nn.Module):
         self.theta = config.rope_theta
 
     def forward(self, x, state: TTTLayerState | None = None, ve=None):
-        """x (B,T,C) -> y (B,T,C), the inner model as it is now."""
+        """x (B,T,C) -> y (B,T,C), the state after it."""
         tail, inner = (None, None) if state is None else state
         q, k, tail = self.queries_and_keys(x, tail)                     # (B,T,C)
         q = split_heads(q, self.D)                                      # (B,H,T,D)
@@ -1028,7 +1030,7 @@ class MosaicKey(nn.Module):
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
     def gates(self, x):
-        """What leaky_average takes for decay and log_gate."""
+        """What leaky_average takes for decay (H,) and log_gate, given x (B,T,C)."""
         return self.decay(), None
 
     def forward(self, x, k_bar, impl="auto"):
@@ -1071,7 +1073,7 @@ class ContextualMemory(nn.Module):
         self.window = None                      # pairs that a query sees, all before it; None for no limit
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token."""
+        """The layer on a whole sequence, token by token. x (B,T,C) -> (B,T,C)"""
         k = self.key.slow(x)                                                            # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
@@ -1166,7 +1168,7 @@ class PersistentMemory(nn.Module):
         self.out = nn.Linear(C, C, bias=False)
 
     def slow(self, x):
-        """The layer on a whole sequence, with the matrix of weights."""
+        """The layer on a whole sequence, with the matrix of weights. x (B,T,C) -> (B,T,C)"""
         k = self.key.slow(x)                                                            # (B,H,T,D)
         P_k = split_heads(self.P_k[None], self.D)                                       # (1,H,N,D)
         P_v = split_heads(self.P_v[None], self.D)
@@ -1247,7 +1249,7 @@ class AdaptiveMemory(ContextualMemory):
             return (beta[..., None] * queries).to(queries.dtype)
 
     def slow(self, x):
-        """The layer on a whole sequence, token by token."""
+        """The layer on a whole sequence, token by token. x (B,T,C) -> (B,T,C)"""
         k = self.key.slow(x)                                                            # (B,H,T,D)
         u = split_heads(self.psi(x), self.D)
         a = self.mix[:, None, None]
@@ -1270,6 +1272,7 @@ class AdaptiveMemory(ContextualMemory):
         is_drawn = self.training and before == 0 and lag < self.lags[1]
         if is_drawn:    # a tensor: for a Python number the CPU would wait for the GPU, and the compiler compile anew
             lag = torch.randint(lag, self.lags[1] + 1, (), device=queries.device)
+        # With m = 1 the first query of the call has before + 1 pairs; each further token of lag takes one away.
         n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
         queries = self.sharpen(queries, n)
 
@@ -1512,7 +1515,7 @@ class RMT(nn.Module):
         self.memory_tokens = nn.Embedding(self.M, config.n_embd)    # what the first segment reads
 
     def slow(self, x):
-        """A whole sequence without truncated gradients: read, segment, write."""
+        """A whole sequence without truncated gradients: read, segment, write. x (B,T,C) -> (B,T,C)"""
         memory = self.memory_tokens.weight.to(x.dtype).expand(x.size(0), -1, -1)
         ys = []
         for segment in x.split(self.S, 1):
@@ -1543,8 +1546,8 @@ class RMT(nn.Module):
         return y, RMTState(memory, segment, torch.tensor(seen))
 
     def run(self, pieces, ve_pieces, memory, segment):
-        """The recurrence: every piece but the last completes its segment, and writes the memory
-        that the next reads."""
+        """The recurrence: every piece (B,·,C) but the last completes its segment, and writes the memory
+        (B,M,C) that the next reads."""
         ys = []
         for piece, ve in zip(pieces[:-1], ve_pieces):
             y, memory = self.read_and_write(piece, ve, memory, segment)
@@ -1555,15 +1558,15 @@ class RMT(nn.Module):
         return torch.cat(ys, 1), memory, segment
 
     def read_piece(self, piece, ve, memory, segment):
-        """[read memory, if the segment begins here; piece] -> the outputs at the piece, the stack's
-        new state."""
+        """[read memory, if the segment begins here; piece (B,n,C)] -> the outputs at the piece (B,n,C),
+        the stack's new state."""
         read_memory = memory if segment is None else memory[:, :0]
         y, segment = self.stack(torch.cat([read_memory, piece], 1), segment, self.pad(ve, read_memory.size(1), 0))
         return y[:, read_memory.size(1):], segment
 
     def read_and_write(self, piece, ve, memory, segment):
-        """The same with the write positions behind it -> the outputs at the piece, the next
-        segment's memory."""
+        """The same with the write positions behind it -> the outputs at the piece (B,n,C), the next
+        segment's memory (B,M,C)."""
         n = piece.size(1)
         read_memory = memory if segment is None else memory[:, :0]
         x = torch.cat([read_memory, piece, memory], 1)
@@ -1580,10 +1583,10 @@ class RMT(nn.Module):
     def run_truncated(self, pieces, ve_pieces, memory, segment):
         """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        Every segment is run once for each depth d: that run reads the memory with a gradient that
-        crosses d boundaries. Without dropout all of them compute the same numbers, and only the gradients differ.
-        The outputs are those of the deepest run; of the others only the memory is used. So
-        truncation costs rmt_bptt + 1 runs of the stack.
+        Every segment is run once for each depth d. The gradient of run d crosses exactly d
+        boundaries, since the memory that it reads was detached there. Without dropout all of them
+        compute the same numbers, and only the gradients differ. The outputs are those of the deepest
+        run; of the others only the memory is used. So truncation costs rmt_bptt + 1 runs of the stack.
         """
         runs = [(memory, segment)]              # one for each depth, the deepest last
         ys = []
@@ -1703,7 +1706,7 @@ def check_architecture(config: Config) -> None:
 
 def unused_options(config: Config) -> list[str]:
     """The settings that differ from their defaults but are not read, so that they change nothing
-    here: those of another memory, and those of attention where nothing attends.
+    here: those of another memory, those of attention where nothing attends, and the like.
 
     A setting of the group "memory" belongs to the memory named before its first underscore, where
     deltanet is called delta; expand_v is deltanet's too, and mosaic_slots also mosaic2's where its
@@ -1727,11 +1730,21 @@ def unused_options(config: Config) -> list[str]:
     memory_attends = isinstance(mixer, type) and issubclass(mixer, Attention)
     in_every_layer = len(layers_with_memory(config)) == config.n_layer
     attends = memory_attends or not in_every_layer
+    attention_layers = set(range(config.n_layer))
+    if not memory_attends:
+        attention_layers -= set(layers_with_memory(config))
+    windows = [config.window_of(layer) for layer in attention_layers]
+    has_no_mlp = config.memory == "mosaic" or (config.memory == "mosaic2" and not config.mosaic2_mlp)
     is_unused = {
         "window": not attends or (config.memory == "knn" and in_every_layer),
+        "short_window": config.memory != "knn" and not any(windows),
+        "n_kv_head": not attends and config.n_kv_head != config.n_head,     # 0 was replaced by n_head
         "pos": not attends,
         "qk_norm": not attends,
         "rope_theta": config.memory != "ttt" and not (attends and config.pos == "rope"),
+        "activation": has_no_mlp and in_every_layer,
+        "rmt_bptt": config.memory == "rmt" and config.rmt_tokens == 0,
+        "mosaic2_short": config.memory == "mosaic2" and not config.mosaic2_long,
     }
     for name, unread in is_unused.items():
         if unread and getattr(config, name) != Config.__dataclass_fields__[name].default:
@@ -1816,8 +1829,8 @@ class GPT(nn.Module):
         return logits, state
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B,T,V); with targets (B,T) the mean cross-entropy in nats over targets other than
-        -1."""
+        """idx (B,T) -> logits (B,T,V); with targets (B,T) the mean cross-entropy in nats over targets
+        other than -1."""
         logits, _ = self.stream(idx)
         if targets is None:
             return logits
@@ -1841,7 +1854,9 @@ class GPT(nn.Module):
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                # the likeliest token at 0, so that a small temperature cannot overflow
+                logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], 1)
         self.train(was_training)
         return idx

@@ -33,6 +33,7 @@ import threading
 import time
 import traceback
 import unittest
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -423,7 +424,8 @@ def test_generation_is_sampling():
     softmax says. A model that trains goes on training."""
     net, idx = small("none", token_shift=False).train(), tokens(rows=1, length=5)
     likeliest = net.generate(idx, 20, temperature=0)
-    assert torch.equal(net.generate(idx, 20, temperature=1e-4), likeliest) and torch.equal(net.generate(idx, 20, top_k=1), likeliest)
+    for settings in (dict(temperature=1e-4), dict(temperature=1e-39), dict(top_k=1)):
+        assert torch.equal(net.generate(idx, 20, **settings), likeliest)
     drawn = net.generate(idx.expand(20_000, -1), 1, generator=torch.Generator().manual_seed(0))[:, -1]
     share = torch.bincount(drawn, minlength=40) / 20_000
     assert (share - net(idx)[0, -1].softmax(-1)).abs().max() < 0.01 and net.training
@@ -1004,7 +1006,14 @@ def test_settings_of_memories():
                            (Config(memory="mosaic", window="L", pos="alibi", qk_norm=False), ["window", "pos", "qk_norm"]),
                            (Config(memory="mosaic", window="L", pos="alibi", memory_layers="1"), []),
                            (Config(memory="knn", window="L", pos="alibi", rope_theta=5.0), ["window", "rope_theta"]),
-                           (Config(memory="ttt", rope_theta=5.0), []), (Config(memory="rmt", window="L", qk_norm=False), [])):
+                           (Config(memory="ttt", rope_theta=5.0), []), (Config(memory="rmt", window="L", qk_norm=False), []),
+                           (Config(memory="deltanet", n_kv_head=1, short_window=8), ["short_window", "n_kv_head"]),
+                           (Config(memory="deltanet", memory_layers="1", n_kv_head=1, short_window=8), []),
+                           (Config(window="L", short_window=8), ["short_window"]), (Config(memory="knn", window="L", short_window=8), ["window"]),
+                           (Config(memory="mosaic", activation="gelu"), ["activation"]), (Config(memory="mosaic2", activation="gelu"), []),
+                           (Config(memory="mosaic2", mosaic2_mlp=False, activation="gelu"), ["activation"]),
+                           (Config(memory="mosaic2", mosaic2_long=False, mosaic2_short=8), ["mosaic2_short"]),
+                           (Config(memory="rmt", rmt_tokens=0, rmt_bptt=2), ["rmt_bptt"]), (Config(memory="rmt", rmt_bptt=2), [])):
         assert model.unused_options(config) == unused
     assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
@@ -1396,6 +1405,16 @@ def test_jsonl_and_babistories_and_the_splits_of_files():
         lines = ["\n".join(map(json.dumps, part)) for part in (docs[:30], docs[30:])]
         with folder(**dict(zip(names, lines))) as path:
             assert count_documents(load_text(path)) == [30, 10]
+    with folder(a_txt=docs[0]) as path:                                 # a file's name need not be UTF-8
+        os.rename(path / "text" / "a.txt", os.fsencode(path / "text") + b"/caf\xe9.txt")
+        assert count_documents(load_text(path)) == count_documents(load_text(path))
+    # parquet: what pyarrow makes of damaged files, of a column that is missing and of numbers
+    for batches, word in ((ValueError("Parquet magic bytes not found"), "magic"), ([{}], "text"), ([{"text": ["fine", 3]}], "3")):
+        opened = mock.Mock(side_effect=batches) if isinstance(batches, ValueError) else mock.Mock()
+        opened.return_value.iter_batches.return_value = [SimpleNamespace(to_pydict=lambda rows=rows: rows) for rows in batches
+                                                         ] if isinstance(batches, list) else []
+        with mock.patch.dict(sys.modules, pyarrow=SimpleNamespace(parquet=SimpleNamespace(ParquetFile=opened))):
+            fails(lambda: list(data.read_parquet(Path("a.parquet"))), "a.parquet", "named text", word)
     with folder(a_txt=docs[0], b_txt=docs[1], c_txt=docs[2]) as path:
         for val_fraction, expected in ((0.0, 1), (1.0, 2)):             # of even a few documents each split has one
             assert data.Text("few", data.path_text(path / "text").files, val_fraction).survey.is_val.sum() == expected
@@ -1413,6 +1432,9 @@ def test_bad_datasets_and_tokenizers_are_one_line():
                 (short, "word2vec", "word2vec"), (short, "bpe:12", "bpe:12"), (short, "bpe:x", "bpe:x"),
                 (short, "bpe:4096@nowhere", "nowhere"), (short, "bpe:4096", "too small", "4096")):
             refused(data.main, [f"--dataset={dataset}", f"--tokenizer={tokenizer}", f"--cache={path}/cache"], *words)
+        refused(data.main, ["--dataset=", f"--cache={path}/cache"], "no dataset ''")
+        deep = put(path, deep_jsonl="[" * 100_000) / "deep.jsonl"
+        refused(data.main, [f"--dataset={deep}", f"--cache={path}/cache"], "line 1", "deep.jsonl")
         refused(data.main, [f"--dataset={short}", f"--cache={short}/cache"], "short.txt")
         refused(data.main, ["--datset=python"], "--datset=python", "did you mean --dataset?")
         refused(data.main, ["--dataset"], "--dataset", "expected")
@@ -1662,6 +1684,18 @@ def at_call(number, before=lambda: None, factor=1.0, of=(train, "accumulate")):
     return mock.patch.object(*of, counted)
 
 
+def broken_update(number):
+    """Update `number` leaves a weight that is not a number; loss and gradient norm are from before it."""
+    original, calls = train.update, itertools.count(1)
+
+    def counted(runner, *args):
+        measured = original(runner, *args)
+        if next(calls) == number:
+            next(runner.parameters()).data[0] = math.nan
+        return measured
+    return mock.patch.object(train, "update", counted)
+
+
 def log(folder) -> list[dict]:
     """log.jsonl without its clock"""
     records = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
@@ -1719,6 +1753,7 @@ def test_help_lists_every_flag_with_its_default():
         assert f"--{f.name} " in text and f.metadata["help"].split(";")[0] in text, f.name
     assert status == 0 and all(f"{group}:" in text for group in ("architecture", "memory", "data", "optimisation", "run"))
     assert text.count("(default: ") == len(flags) and "(default: 80000)" in call(train.main, "--preset=gpt2", "--help")[1]
+    assert call(train.main, "--preset", "gpt2", "--help")[1] == call(train.main, "--preset=gpt2", "--help")[1]
 
 
 def test_precedence_defaults_preset_flags():
@@ -1756,6 +1791,7 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
         ("--beta2=1", "beta2=1"), ("--clip=,1", "--clip="), ("--vocab_size=100", "100", "257"),
         ("--device_batch_size=3", "device_batch_size=3", "4"), ("--memory=persistent --persistent_slots=0", "persistent_slots=0"),
         ("--memory=mosaic2 --n_embd=8 --n_head=8 --n_kv_head=1 --pos=none", "no weights"), ("--dtype=bfloat16", "bfloat16"), ("--data_sha256=abc", "abc"),
+        (f"--name={'x' * 300}", "300 bytes", "200"), ("--dataset=", "no dataset ''"),
         ("--seed=1,2 --name=x", "such as x", "leave --name out"), ("--seed=1,1", "each value once"),
         ("--dataset=/nowhere/at/all", "/nowhere/at/all"), ("--out_dir=file", "cannot write", "file")]
     if not torch.cuda.is_available():
@@ -1768,9 +1804,10 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
             refused(train.main, [*base, "--device_batch_size=3"], "does not divide the 4 rows")
         assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/result.json"))
     notes = lambda *argv: call(lambda words: train.note_unused(train.parse_args(words)), *argv)[1]
-    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because no layer here reads it\n"
+    assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because nothing here reads it\n"
     assert notes("--memory=mosaic", "--preset=gpt2") == ""               # what the preset says is no slip of the user's
     assert "--window changes nothing" in notes("--memory=mosaic", "--window=L")
+    assert "--warmdown changes nothing" in notes("--schedule=cosine", "--warmdown=0.1") and notes("--warmdown=0.1") == ""
     assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
 
@@ -2009,6 +2046,22 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one():
             truncate(Path(f"runs/{name}/ckpt.pt"))
             truncate(Path(f"runs/{name}/ckpt.prev.pt"))
             check_again(name, "starts over")
+        # whole zips, but no checkpoints
+        for name, content in (("f", {"a": 1}), ("g", None)):
+            runs_well(*flags, f"--name={name}")
+            path = Path(f"runs/{name}/ckpt.pt")
+            if content is None:
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("x", "y")
+            else:
+                torch.save(content, path)
+            check_again(name, "from step 4", "damaged")
+        # the log no longer holds what the checkpoint says
+        Path("runs/a/result.json").unlink()
+        text = bytearray(Path("runs/a/log.jsonl").read_bytes())
+        text[0] = ord("}")
+        Path("runs/a/log.jsonl").write_bytes(text)
+        refused(train.main, [*flags, "--name=a"], "log.jsonl", "damaged", "delete runs/a")
 
 
 def test_nan_a_full_disk_and_another_architecture_are_one_line_and_leave_the_last_good_checkpoint():
@@ -2021,6 +2074,13 @@ def test_nan_a_full_disk_and_another_architecture_are_one_line_and_leave_the_las
         with at_call(4, factor=math.nan):
             refused(train.main, flags, "step 4", "step 2")
         check_untouched()
+        # the loss of step 4 is sound, and its update is not: neither a checkpoint nor a result may hold such weights
+        with broken_update(2):          # the run goes on from step 2
+            refused(train.main, flags, "step 4", "weight", "step 2")
+        check_untouched()
+        with broken_update(1):
+            refused(train.main, [*base, "--steps=1", "--name=c"], "step 1", "weight")
+        assert not list(Path("runs/c").glob("ckpt*")) and not Path("runs/c/result.json").exists()
         with at_call(1, mock.Mock(side_effect=OSError(28, "No space left on device")), of=(torch, "save")):
             refused(train.main, flags, "No space left", "ckpt.pt")
         check_untouched()
@@ -2051,7 +2111,17 @@ def test_sweep_skips_finished_runs_goes_on_after_nan_and_prints_a_table():
         assert all(column in head for column in columns), head
         assert len(rows) == 2 and all("|     2 |" in row for row in rows), out
         bpb = [from_json(path)["val_bpb"] for path in Path("runs").glob("*-none-*/result.json")]
-        assert f"{sum(bpb) / 2:.4f}" in next(row for row in rows if "local" in row)
+        assert f"{sum(bpb) / 2:.4f}" in next(row for row in rows if "floor" in row)
+        # the corpus changes: what is trained on it now stands in a line of its own
+        put(".", text_txt=story(1, 60_000))
+        train.load_corpus.cache_clear()
+        out = runs_well(*base, "--steps=2", "--seed=1,2,3")
+        head, _, *rows = out[out.rindex("| condition"):].strip().splitlines()
+        assert "data_sha256" in head and sorted(row.count("|     2 |") for row in rows) == [0, 1], out
+        # a result that was damaged is one line, and the run is finished again when it is gone
+        for content in ('{"memory": "none", "con', "{}", "[]", '{"config": 3}'):
+            put(".", **{"runs__a__result_json": content})
+            refused(train.main, [*base, "--steps=2", "--name=a"], "runs/a/result.json", "damaged", "delete")
 
 
 def test_sweep_columns_and_a_run_that_diverges_alone():
@@ -2068,7 +2138,21 @@ def test_sweep_columns_and_a_run_that_diverges_alone():
         results, diverged = train.run_all([cfg], job, headline=None)
         assert results == [] and list(diverged) == [cfg.name]
         raises(train.Diverged, lambda: train.check_diverged(diverged, 1), "step 3")
+        assert diverged[cfg.name].__traceback__ is None or "job" not in traceback.format_tb(diverged[cfg.name].__traceback__)[-1]
         raises(train.UserError, lambda: train.check_diverged(diverged, 2), "1 of 2 runs diverged", cfg.name)
+
+
+def test_one_command_at_a_time_in_a_folder_and_one_process_where_it_is_one():
+    with workplace() as (_, base):
+        flags = [*base, "--steps=2", "--name=a"]
+        with at_call(2, lambda: refused(train.main, flags, "another process", "runs/a")):   # while the first one trains
+            runs_well(*flags)
+        assert len(log("runs/a")) == 2 and "1 of 1 runs are finished already" in runs_well(*flags)
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            refused(measuring.main, ["runs/a", "--task=bpb"], "eval.py", "WORLD_SIZE is 2")
+            refused(toys.main, ["moons", "--steps=1"], "toys.py", "WORLD_SIZE is 2")
+            os.environ.pop("MASTER_ADDR", None)
+            refused(train.main, [*base, "--name=b"], "MASTER_ADDR", "torchrun")
 
 
 def test_a_picture_that_fails_does_not_lose_the_result():
@@ -2259,6 +2343,32 @@ def test_eval_position_recombines_and_is_the_training_number():
         assert len(hashes) == 1 and measured("none", "position", "--tokens=512")["tokens_sha256"] not in hashes
 
 
+def test_eval_names_unfinished_runs_and_needs_no_more_memory_than_one_row():
+    with inside():
+        with at_call(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                assert call(train.main, *SHAPE, "--name=stopped", "--steps=6")[0] == 128 + signal.SIGTERM
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        status, _, err = call(measuring.main, "out/stopped", "--task=bpb")
+        assert status == 0 and "not finished" in err and "step 3 of 6" in err
+        assert (from_json("out/stopped/eval_bpb.json")["step"], measured("none", "bpb")["step"]) == (3, 3)
+
+        # of the four rows at once there is memory for one
+        original, asked = measuring.evaluate_bpb, []
+
+        def small_machine(net, corpus, cfg):
+            asked.append(cfg.batch_size)
+            if cfg.batch_size > 1:
+                raise RuntimeError("CUDA out of memory")
+            return original(net, corpus, cfg)
+
+        expected = measured("none", "bpb")["val_bpb"]
+        with mock.patch.object(measuring, "evaluate_bpb", small_machine):
+            assert abs(measured("none", "bpb")["val_bpb"] - expected) < 1e-6 and asked == [4, 2, 1]
+
+
 def test_eval_position_by_hand():
     """Each bucket by a plain loop over targets; ends of text don't count; a document starts again at 0."""
     with inside():
@@ -2310,7 +2420,7 @@ def test_eval_learned_positions_are_a_limit():
         assert {f["length"] for f in attention["layers"]} == {L} and list(attention["limits"]) == [str(3 * L)]
         cells = measured("learned", "niah", "--lengths=10,32,64", "--depths=0", "--pairs=2", "--needle=k {key}")["cells"]
         assert cells[0]["limit"] == "needle does not fit" and "limit" not in cells[1] and "learned positions" in cells[2]["limit"]
-        speed = measured("learned", "speed", "--context=128")["models"]["local"]
+        speed = measured("learned", "speed", "--context=128")["models"]["floor"]
         assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
         assert len(measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]) <= L
 
@@ -2673,7 +2783,7 @@ def test_eval_prompts_are_like_the_training_text():
         assert len(set(texts)) == 8 and not documents & set(texts)  # half of it at most: there is something to write
         assert all(any(d.startswith(text) for d in documents) for text in texts)
         status, out, _ = call(measuring.main, "out/none", "out/mosaic", "--task=generate", "--new_tokens=2")
-        assert out.count("  local: ") == out.count("  mosaic: ") == 8
+        assert out.count("  floor: ") == out.count("  mosaic: ") == 8
         long = [f"def f{i}():\n\n    return {i}\n" + "x = 1\n" * 50 for i in range(400)]
         Path("my_stories.txt").write_text("\n<|endoftext|>\n".join(long))
         beginnings = measuring.document_beginnings(data.load("my_stories.txt", "byte", quiet=True))
@@ -2693,9 +2803,10 @@ def test_eval_speed_reports_the_state():
     with inside():
         models = measured("none", "speed", "--memory=all", "--context=300")["models"]
         (run,) = opened("none")
-        assert list(models) == ["local"] + [f"{m} (untrained)" for m in MEMORIES if m != "none"]
+        assert [name.split(" ")[0] for name in models] == ["floor"] + [m for m in MEMORIES if m != "none"]
+        assert all(name.endswith("(untrained)") for name in list(models)[1:])
         for name, r in models.items():
-            memory = name.split()[0].replace("local", "none")
+            memory = name.split()[0].replace("floor", "none")
             assert [p["context"] for p in r["points"]] == [32, 64, 128, 256] and r["limit"] is None and r["reached"] == 256
             net = GPT(replace(run.model.config, memory=memory))
             for p in r["points"]:
@@ -2738,14 +2849,14 @@ def test_eval_labels_tell_runs_apart():
         for name, *flags in (("global", "--window=L"), ("second", "--seed=2"), ("segments", "--memory=rmt", "--rmt_tokens=0"),
                              ("few", "--memory=rmt", "--rmt_tokens=2"), ("lower", "--memory=mosaic", "--memory_layers=0")):
             trained(name, *flags)
-        for names, labels in ((("none", "rmt"), ["local", "rmt"]), (("none", "global"), ["local", "global"]),
-                              (("none", "second"), ["local s1", "local s2"]), (("none", "none/", "none/result.json"), ["local"]),
-                              (("rmt", "segments", "lower"), ["rmt", "rmt-0", "mosaic@0"]),
-                              (("few", "rmt", "none"), ["rmt rmt_tokens=2", "rmt rmt_tokens=3", "local"])):
+        for names, labels in ((("none", "rmt"), ["floor", "rmt S"]), (("none", "global"), ["floor", "global"]),
+                              (("none", "second"), ["floor s1", "floor s2"]), (("none", "none/", "none/result.json"), ["floor"]),
+                              (("rmt", "segments", "lower"), ["rmt S", "rmt-0 S", "mosaic@0 S"]),
+                              (("few", "rmt", "none"), ["rmt S rmt_tokens=2", "rmt S rmt_tokens=3", "floor"])):
             assert [run.label for run in opened(*names)] == labels
         styles = measuring.looks(opened("none", "second", "global", "few", "rmt"))
         assert [s["linestyle"] for s in styles] == ["-", "--", "-", "-", "--"]
-        assert [s["color"] for s in styles] == [analyze.look(name)["color"] for name in ("local", "local", "global", "rmt", "rmt")]
+        assert [s["color"] for s in styles] == [analyze.look(name)["color"] for name in ("floor", "floor", "global", "rmt", "rmt")]
 
 
 def test_eval_bad_input():
@@ -2970,6 +3081,8 @@ def test_pairs_held_and_what_fits_into_the_budget():
     assert abs(held - 24) < 1e-9 and abs(size - 600) < 1e-9
     assert analyze.pairs_held(result | dict(accuracy=[1] * 5)) == (64, 1600)
     assert abs(analyze.pairs_held(result | dict(accuracy=[0.8, 1, 1, 1, 1]))[0] - 2) < 1e-9
+    assert analyze.pairs_held(result | dict(lengths=[6, 12, 25, 50, 100], accuracy=[1] * 5))[0] == 25      # 25 // 4 = 6 pairs, and so on
+    assert abs(analyze.pairs_held(result | dict(lengths=[6, 12, 25, 50, 100], accuracy=[1, 1, 1, 0.8, 0]))[0] - 9) < 1e-9
     for budget, states, fitting in ((99, None, 0), (300, None, 12), (600, None, 24), (1200, None, 24), (700, [700] * 5, 24),
                                     (600, [700] * 5, 0)):
         with mock.patch.object(analyze, "STATE_BUDGET", budget):
@@ -2978,7 +3091,7 @@ def test_pairs_held_and_what_fits_into_the_budget():
 
 
 def test_abilities_are_the_best_settings_of_each_memory():
-    """Numbers are means over seeds, of a memory's best settings; the picture shows them in the colours of their levels."""
+    """Numbers are means over seeds, of a memory's best learning rate and width; the picture shows them in the colours of their levels."""
     with tempfile.TemporaryDirectory() as out:
         def leave(kind, measured, **settings):
             cfg = kind(out_dir=out, **settings)
@@ -2989,13 +3102,20 @@ def test_abilities_are_the_best_settings_of_each_memory():
         assert analyze.read_abilities(Path(out)) == {}
         for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.7)):
             leave(toys.Length, dict(accuracy=[1, 1, right, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed, jobs=seed)
-        leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor")
+        for seed in (1, 2):
+            leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor", seed=seed)
+        # it was trained for longer than the others, and is not shown beside them
+        leave(toys.Length, dict(accuracy=[1, 1, 1, 1]), task="recall", model="floor", steps=1200)
         leave(toys.RegBench, dict(ood=dict(accuracy=0.97)), model="rope", automata=1000)
         leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="rope", automata=100)
         leave(toys.RegBench, dict(ood=dict(accuracy=0.99)), model="learned", automata=1000)
         leave(toys.Length, dict(accuracy=[1, 1, 1, 1]), task="repeat", model="knn")
         leave(toys.Moons, {})
         numbers = analyze.read_abilities(Path(out))
+        put(out, length__cut__result_json='{"toy": "length"')
+        raises(analyze.UserError, lambda: analyze.read_abilities(Path(out)), "cut/result.json", "delete")
+        with mock.patch.object(toys, "run_all", return_value=([], {})):
+            refused(toys.main, ["recall", f"--out_dir={out}"], "cut/result.json", "damaged")
     assert list(numbers) == ["floor", "global", "deltanet-beta2"]
     assert numbers["floor"] == {"recall": 9 / 16} and numbers["global"] == {"regbench": 0.97}
     assert abs(numbers["deltanet-beta2"]["parity"] - 0.9) < 1e-12
@@ -3275,6 +3395,11 @@ def test_condition_has_one_name_and_one_look():
              ("knn", "S", "all", 0): "knn", ("deltanet", "SSSL", "1+3"): "deltanet@1+3", ("mosaic", "S", "1"): "mosaic@1 S",
              ("persistent", "L"): "persistent L", ("persistent-32",): "persistent-32", ("rmt-m16-s512",): "rmt-m16-s512"}
     assert {case: analyze.condition(dict(zip(names, case))) for case in cases} == cases
+    # the name says what the layers see: a pattern may be longer than there are layers
+    for window, layers, name in (("SSSL", 3, "floor"), ("SSSL", 4, "local"), ("SL", 1, "floor"), ("LS", 1, "global"), ("LS", 2, "window LS")):
+        assert analyze.condition(dict(window=window, n_layer=layers)) == name
+    cells, _ = cells_of(*(result(window=window, seed=seed, config=dict(n_layer=2)) for seed, window in enumerate(("S", "SSSL", "SS"))))
+    assert [(c.label, len(c.runs)) for c in cells] == [("floor", 3)]
     bases = [analyze.base_name(name) for name in cases.values()]
     assert " ".join(bases) == "local global floor window rmt rmt rmt-0 rmt-0 ttt knn deltanet mosaic persistent persistent rmt"
     looks = {name: tuple(analyze.look(name).values()) for name in [*bases, "anything"]}
@@ -3495,6 +3620,11 @@ def test_won_back():
     assert all(text.startswith("+100.0") for text in lengths["deficit: floor − global, mBPB"])
     assert [text[:3] for text in lengths["closure of ttt@1+3 S"]] == ["25%"] * 2
     assert analyze.length_table([c for c in cells if c.T == 512]) == ""
+    # the deficit is that of the baselines' three seeds, though window SL, the last condition, has one
+    fewer = [run for run in runs if run["window"] != "SL" or run["seed"] == 0]
+    lengths = {row[0]: row[1:] for row in rows_of(analyze.length_table(cells_of(*fewer)[0]))}
+    assert all(text.startswith("+100.0") for text in lengths["deficit: floor − global, mBPB"])
+    assert lengths["closure of window SL"] == [analyze.NOT_ENOUGH] * 2
 
 
 def test_closure_by_training_budget():
@@ -3523,6 +3653,8 @@ def test_closure_by_training_budget():
     both = [*runs, *(run | dict(config=run["config"] | dict(lr=0.5), val_bpb=1.25) for run in runs if run["memory"] == "ttt")]
     rows = rows_of(analyze.budget_table(cells_of(*both, by=["steps", "lr"])[0]))
     assert [row[1] for row in rows] == ["ttt lr=0.01"] * 2 + ["ttt lr=0.5"] * 2
+    named, _ = cells_of(*runs, by=["steps", "train_tokens"])            # as the error about mixed budgets suggests
+    assert [row[1:7] for row in rows_of(analyze.budget_table(named))] == [row[1:7] for row in rows_of(analyze.budget_table(cells))]
     one = [cell for cell in cells if cell.one.config["steps"] == 100]
     assert analyze.budget_table(one) == "" and analyze.figure_budget(one) is None
 

@@ -71,8 +71,8 @@ from torch import Tensor, nn
 import analyze
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
-from train import (FitConfig, changes, check_diverged, checked, fit, pick_device, read_flags, run_all, run_name, save,
-                   save_json, say, sweep_points)
+from train import (FitConfig, changes, check_diverged, check_one_process, checked, fit, pick_device, read_flags,
+                   run_all, run_name, save, save_json, say, sweep_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. All configurations check themselves: a value or a combination that cannot be trained raises ValueError.
@@ -1440,11 +1440,12 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        check_one_process("toys.py")
         train_and_report(argv)
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from the models that are finished")
         return 130
-    except UserError as e:
+    except (UserError, analyze.UserError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0

@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -231,6 +232,10 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             norm = norm.item()
             step += 1
             check_finite(step, loss, norm, out, saved)
+            # The loss is that of the weights before the update. What is kept must be sound after it, too.
+            keeps = step == cfg.steps or (out is not None and (stop or is_due(step, cfg.steps, cfg.save_every)))
+            if keeps:
+                check_weights(step, model, out, saved)
 
             # Record the step, and measure now and then.
             record = dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm,
@@ -246,7 +251,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             progress.show(history, tokens_of(batch))
 
             # Save now and then, and stop if told to.
-            if out and (stop or is_due(step, cfg.steps, cfg.save_every)):
+            if out and keeps:
                 if rank() == 0:
                     save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
                 saved = step
@@ -263,8 +268,20 @@ def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: i
     """Raises Diverged if loss or gradient norm is not a number; saved: the step of the last checkpoint in `out`."""
     if math.isfinite(loss + norm):
         return
-    last = f" (the last good checkpoint in {out} is of step {saved})" if saved else ""
-    raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr{last}")
+    raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr"
+                   f"{last_good(out, saved)}")
+
+
+def check_weights(step: int, model: nn.Module, out: Path | None, saved: int) -> None:
+    """Raises Diverged if a weight is not a number; out, saved: as for `check_finite`."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise Diverged(f"step {step}: a weight is not a finite number, so training stops; try a lower --lr"
+                       f"{last_good(out, saved)}")
+
+
+def last_good(out: Path | None, saved: int) -> str:
+    """Which checkpoint a run that diverged has left; "" without one."""
+    return f" (the last good checkpoint in {out} is of step {saved})" if saved else ""
 
 
 def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
@@ -465,7 +482,13 @@ def find_checkpoint(out: Path) -> tuple[dict | None, list[Path]]:
         except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as e:
             broken = e
         if broken is None:
-            return torch.load(path, map_location="cpu", weights_only=True), damaged
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                if isinstance(found, dict) and {"config", "step", "model", "optimizer"} <= found.keys():
+                    return found, damaged
+                broken = "it is no checkpoint of train.py"
+            except (RuntimeError, pickle.UnpicklingError) as e:
+                broken = str(e).splitlines()[0]
         say(f"{path} is damaged ({broken}), so it is not used")
         damaged.append(path)
     return None, damaged
@@ -523,7 +546,10 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
     if rank() == 0 and len(text) != keep:
         with replacing(log) as f:
             f.write(text[:keep])
-    history = [json.loads(line) for line in text[:keep].splitlines()]
+    try:
+        history = [json.loads(line) for line in text[:keep].splitlines()]
+    except ValueError as e:
+        raise UserError(f"{log} is damaged ({e}); delete {out} to start over") from None
     return step, seconds, history
 
 
@@ -632,6 +658,30 @@ def say(text: str, end: str = "\n") -> None:
     """Prints, on the first rank only."""
     if rank() == 0:
         print(text, end=end, flush=True)
+
+
+def check_one_process(script: str) -> None:
+    """Raises UserError if torchrun has started several processes for a script that is one."""
+    if world() > 1:
+        raise UserError(f"{script} runs in one process, but WORLD_SIZE is {world()}; start it with python, or unset "
+                        "WORLD_SIZE")
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """Keeps every other command out of a run's folder. Raises UserError if one is there. Only the first rank asks."""
+    if data.fcntl is None or rank() > 0:
+        yield
+        return
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        # the lock ends when the file is closed, also by the end of a killed process
+        try:
+            data.fcntl.flock(file, data.fcntl.LOCK_EX | data.fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}; wait for it, or choose another --out_dir") from None
+        yield
 
 
 def all_reduce(values: list[float] | Tensor, device) -> Tensor:
@@ -959,6 +1009,18 @@ def run_name(cfg) -> str:
     return f"{name}-s{cfg.seed}"
 
 
+def read_result(path: Path) -> dict:
+    """The result.json of a finished run. Raises UserError if it is damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        asked = result["config"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e!r}); delete it, and the run is finished anew") from None
+    if not isinstance(asked, dict):
+        raise UserError(f"{path} is damaged (its config is {asked!r}); delete it, and the run is finished anew")
+    return result
+
+
 def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[list[dict], dict]:
     """Runs job(cfg) for every configuration -> the results in the order given; name -> Diverged of the others.
 
@@ -973,7 +1035,7 @@ def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[
     for cfg in configs:
         path = cfg.folder / "result.json"
         if path.is_file():
-            results[cfg.folder] = json.loads(path.read_text())
+            results[cfg.folder] = read_result(path)
             check_same_settings(results[cfg.folder]["config"], cfg)
         else:
             check_device(cfg)  # before anything is run
@@ -1021,7 +1083,8 @@ def one_by_one(configs: list, job):
         try:
             yield cfg, run_one(cfg, job)
         except Diverged as e:
-            yield cfg, e
+            # The traceback would keep the model and the optimizer in memory until the sweep ends.
+            yield cfg, e.with_traceback(None)
 
 
 def in_workers(configs: list, job, workers: int):
@@ -1087,6 +1150,12 @@ def run_one(cfg, job) -> dict:
     reset_peak_memory(device)
     torch.manual_seed(cfg.seed)
 
+    with alone_in(cfg.folder):
+        return measured(cfg, job, device)
+
+
+def measured(cfg, job, device) -> dict:
+    """job(cfg), and what result.json says besides -> what result.json holds."""
     start = time.perf_counter()
     cpu_start = time.process_time()
     measurements = job(cfg)
@@ -1248,6 +1317,13 @@ def sweep_table(results: list[dict], swept: list[str]) -> str:
     def average(runs, name):
         return mean(r[name] for r in runs)
 
+    # Runs that finished before the corpus changed have read another text, and get a line of their own.
+    texts = defaultdict(set)
+    for r in results:
+        texts[r["config"]["dataset"], r["config"]["tokenizer"]].add(r["data_sha256"])
+    if any(len(hashes) > 1 for hashes in texts.values()):
+        swept = [*swept, "data_sha256"]
+
     cells = defaultdict(list)
     for r in results:
         others = [str(r["config"][name]) for name in swept]
@@ -1267,8 +1343,9 @@ def sweep_table(results: list[dict], swept: list[str]) -> str:
 
 def parse_args(argv: list[str]) -> list[RunConfig]:
     """The command line -> every run, named. Defaults < preset < flags; commas make a grid."""
-    # --help shows the defaults of the preset that is asked for.
-    asked = [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
+    # --help shows the defaults of the preset that is asked for, as --preset=d12 or as --preset d12.
+    words = " ".join(argv).replace("--preset ", "--preset=").split()
+    asked = [word.removeprefix("--preset=") for word in words if word.startswith("--preset=")]
     shown = preset_config(asked[0] if asked and asked[0] in PRESETS else "laptop")
     flags, _ = read_flags(RunConfig, argv, usage="train.py [--key=value ...]",
                           description=__doc__.split("\n\nA run")[0], shown=shown)
@@ -1276,6 +1353,9 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     configs = [preset_config(**settings) for settings in sweep_points(RunConfig, flags)]
     configs = [replace(cfg, name=cfg.name or run_name(cfg)) for cfg in configs]
     names = {cfg.name for cfg in configs}
+    longest = max(names, key=len)
+    if len(longest.encode()) > 200:
+        raise UserError(f"--name: {len(longest.encode())} bytes were given, at most 200 make the name of a folder; shorten it")
     if len(names) < len(configs):
         raise UserError(f"the sweep has {len(configs)} runs but only {len(names)} names, such as {configs[0].name}; "
                         "leave --name out, give each value once, and sweep no setting of the group run")
@@ -1287,13 +1367,18 @@ def note_unused(configs: list[RunConfig]) -> None:
     unused = set(unused_options(configs[0]))
     for cfg in configs:
         unused &= set(unused_options(cfg))
+    if all(cfg.schedule == "cosine" for cfg in configs):
+        unused.add("warmdown")
     for name in sorted(unused):
         if any(getattr(cfg, name) != getattr(cfg.usual(), name) for cfg in configs):
-            say(f"note: --{name} changes nothing, because no layer here reads it")
+            say(f"note: --{name} changes nothing, because nothing here reads it")
 
 
 def start_processes(cfg: RunConfig) -> None:
     """Joins the processes that torchrun started."""
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world()}, but no MASTER_ADDR says where the other processes are; start train.py "
+                        "with torchrun, or unset WORLD_SIZE")
     # Hours, because in a barrier the ranks wait for the one that downloads and tokenises the data.
     timeout = timedelta(hours=4)
     device = pick_device(cfg)
