@@ -594,6 +594,8 @@ def read_run(path: Path) -> RunRecord | None:
     agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step".split()
     # the device may differ, see EXECUTION; it is read for the report, since the config may say no more than "auto"
     recorded = {key: content[key] for key in (*agree, "device") if key in content}
+    # dtype=auto is bfloat16 on most GPUs and float32 on a CPU; files from before this was recorded are from CPUs
+    recorded["precision"] = content.get("precision", "float32")
 
     curve, bucket_bytes, recombined = read_curve(by_position) if by_position else ({}, [], None)
     return RunRecord(
@@ -1115,6 +1117,8 @@ def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
     """For a memory in some layers of a windowed model: the cell that has full attention in the same layers."""
     config = cell.one.config
     layers = config.get("memory_layers", "all")
+    if layers == "middle":
+        layers = str(config["n_layer"] // 2)
     if cell.one.memory == "none" or cell.one.window != "S" or not re.fullmatch(r"\d+(\+\d+)*", layers):
         return None
     chosen = set(map(int, layers.split("+")))

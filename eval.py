@@ -38,9 +38,9 @@ Glossary
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
-    band            the targets whose distance (to what a look-up finds, or to where the state was
-                    thrown away) is in one range. From band to band the ranges double, and like
-                    buckets the bands recombine to the total.
+    band            the targets whose distance is in one range; from band to band the ranges double.
+                    In `copy` it is the distance to what a look-up finds, in `carry` to where the state
+                    was thrown away. Like buckets the bands recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order

@@ -30,8 +30,9 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     tokens back to what an answer closes, copies or looks up: of brackets and copy from where the answer
-                 will stand, else from where it is asked for; of parity, s3 and s5 back to the first token
+    distance     how many tokens back stands what an answer closes, copies or looks up. In brackets and copy this is
+                 counted from where the answer will stand, in the other tasks from where it is asked for. In parity,
+                 s3 and s5 it is the distance to the first token
     variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on

@@ -1269,7 +1269,8 @@ def train(cfg: RunConfig) -> dict:
     model.eval()
     if not final:
         evaluate()  # the run was resumed from its very last checkpoint
-    measurements = dict(config=asdict(cfg), data_sha256=cfg.data_sha256)
+    precision = "bfloat16" if uses_bf16(cfg) else "float32"
+    measurements = dict(config=asdict(cfg), data_sha256=cfg.data_sha256, precision=precision)
     measurements.update(final)
     measurements.update(measure_costs(model, corpus, cfg, history))
     return measurements
