@@ -121,6 +121,7 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
               (B,T,H)    or log λ_t, at most 0
     state     (B,H,D)    y of the token before x; zeros where it is None
     log_gate  (B,T,H)    log g_t; g is 1 where it is None
+    impl                 see the top of this file; a single token takes the loop whatever is asked for
 
     Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
     Raises ValueError for an impl other than auto, loop and chunk. There is no Triton kernel: the
@@ -228,11 +229,12 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
     scale               1/√Dk where it is None
     erase               False leaves -β k kᵀ out: S_t = α_t S_{t-1} + β_t k_t v_tᵀ, the rule of Mamba 2 (Dao and Gu
-                        2024). It has no kernel: "auto" then takes the chunked form on every device
+                        2024). It has no kernel: on a CUDA device, too, "auto" then takes the chunked form
+    impl                see the top of this file
 
     Returns o (B,T,H,Dv) in v's dtype, and the new state in float32 (float64 for float64 inputs).
-    Raises ValueError for an unknown impl, and for impl="triton" where there is no GPU, no triton,
-    or no kernel for the shape or dtype.
+    Raises ValueError for an unknown impl, and for impl="triton" where there is no triton, no GPU
+    (but TRITON_INTERPRET=1 needs none), or no kernel for the shape or dtype.
     Official implementation: github.com/NVlabs/GatedDeltaNet (it stores Sᵀ).
     """
     check_impl("gated_delta_rule", impl, ("auto", "loop", "chunk", "triton"))
@@ -376,9 +378,11 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor,
     W, b                (H,D,D), (H,D)  W_0 and b_0, where every sequence starts; with a state they are not used
     ln_weight, ln_bias  (H,D)      of the inner LayerNorm
     state               the running mini-batch is continued exactly
+    impl                see the top of this file
 
     Returns o (B,T,H,D) in q's dtype, and the new state. Raises ValueError for an unknown impl, and
-    for impl="triton" where there is no GPU, no triton, or no kernel for the shape or dtype.
+    for impl="triton" where there is no triton, no GPU (but TRITON_INTERPRET=1 needs none), or no
+    kernel for the shape or dtype.
     Official implementations: github.com/test-time-training/ttt-lm-pytorch and ttt-lm-jax.
     """
     check_impl("ttt_linear", impl, ("auto", "loop", "chunk", "triton"))
@@ -539,8 +543,8 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 # The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to
 # correct. They were made from bytes, programs in flight and the compiler's report, for the shapes
 # B8 T4096 H6 D128 and B16 T2048 H12 D64. Products with 64 rows and 4 warps or more become wgmma on
-# Hopper. The kernels keep wgmma's left factor in shared memory, because the ptxas that comes with
-# triton 3.6 has miscompiled left factors in registers.
+# Hopper. The kernels keep wgmma's left factor in shared memory, because the ptxas that came with
+# triton 3.6 miscompiled left factors in registers; of later ones it is not known.
 TUNING = {
     "delta_prep": dict(BD=32, num_warps=1, num_stages=1),
     "delta_walk": dict(BV=32, num_warps=4, num_stages=3),           # B·H·Dv/BV programs: what an H200 has room for
