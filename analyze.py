@@ -365,7 +365,7 @@ def read_abilities(folder: Path) -> dict[str, dict]:
     """memory -> ability -> its number, from all results of toys.py in this folder; memories in the order of LOOKS.
 
     A number is the mean over seeds. Where a memory was trained with several settings, such as learning
-    rates, the best ones count. What is trained and tested on is the same for all memories: what most
+    rates or widths, the best ones count. What is trained and tested on is the same for all memories: what most
     runs have (see TRAINED_ON), and for regbench 1000 automata. Its transformer with rotations is
     global attention.
     """

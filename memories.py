@@ -29,7 +29,8 @@ Glossary (name in the code = symbol in the paper)
                        and grad_b, Σ η ∇. A name that begins with d, as dq, is a gradient of the training
     decay = λ          share of the key average that a token keeps; log_decay is log λ
     gate = g           how much of a token enters the key average
-    C                  tokens in a chunk; in the comments on chunks Q, K, V stack the chunk's q, k, v
+    C                  tokens in a chunk; in the comments on chunks Q, K, V stack the chunk's q, k, v. The letters of
+                       _delta_chunk's docstring (S, γ, Γ, A, U, W) hold in the delta rule alone
     state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               "loop", "chunk", "triton", or "auto": triton for CUDA tensors of a supported shape, else chunk
                        (a single token takes the loop, except in ttt_linear; leaky_average has no kernel)
@@ -118,7 +119,7 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
 
     x         (B,T,H,D)  float
     decay     (H,)       λ, in [0, 1)
-              (B,T,H)    or log λ_t, at most 0
+              (B,T,H)    or log λ_t, at most 0: the number of axes decides
     state     (B,H,D)    y of the token before x; zeros where it is None
     log_gate  (B,T,H)    log g_t; g is 1 where it is None
     impl                 see the top of this file; a single token takes the loop whatever is asked for
@@ -149,14 +150,15 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
     return y.to(x.dtype), y[:, -1]
 
 
-def _leaky_loop(x, decay, y):
-    """Token by token: y (B,H,D) is the state. decay is λ (H,), or log λ_t (B,T,H)."""
+def _leaky_loop(gated, decay, state):
+    """Token by token; gated is g_t x_t. decay is λ (H,), or log λ_t (B,T,H)."""
     if decay.dim() == 3:
         decays = decay.exp().unbind(1)                                                  # λ_t  (B,H)
     else:
-        decays = [decay] * x.size(1)
+        decays = [decay] * gated.size(1)
+    y = state                                                                           # (B,H,D)
     outputs = []
-    for new, decay_t in zip(x.unbind(1), decays):
+    for new, decay_t in zip(gated.unbind(1), decays):
         y = new + decay_t[..., None] * y
         outputs.append(y)
     return torch.stack(outputs, 1)
@@ -197,8 +199,8 @@ def _leaky_chunk_per_token(x, log_decay, state):
 
     # each chunk as if nothing came before it: y = L x with L_ij = λ_{j+1} … λ_i for i >= j. Their
     # logarithms are summed for every pair, as in `_delta_chunk`: nothing cancels, nothing overflows.
-    later = log_decay[..., None, :].expand(*log_decay.shape, C).triu(1)                 # row j: log λ_l for l > j
-    L = later.cumsum(-1).mT.exp().tril()                                                # (B,H,n,C,C)
+    later = log_decay[..., None, :].expand(*log_decay.shape, C).triu(1)                 # [j,l]: log λ_l for l > j, else 0
+    L = later.cumsum(-1).mT.exp().tril()                                                # summed over l <= i, then [i,j]
     y = L @ x
 
     # y of the token before each chunk: the state, and then the chunks' ends
@@ -285,8 +287,12 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale, erase):
     """The same numbers, C tokens at a time (Yang et al. 2024, section 3; with gates Yang et al. 2025, section 3.3).
 
     Let S be the state at a chunk's start, and γ_i the product of α from there to token i. Token i
-    writes β_i times its error, and it reads what the tokens before it in the chunk have written. So
-    the writes V' solve a triangular system:
+    writes v'_i, which is β_i times its error. What is stored at its key comes from the state at the
+    start and from the writes before it in the chunk:
+
+        v'_i = β_i (v_i - stored_i)      stored_i = γ_i Sᵀ k_i + Σ_{j<i} Γ_ij (k_i·k_j) v'_j      Γ_ij = γ_i/γ_j
+
+    So the writes V' solve a triangular system:
 
         (I + A) V' = diag(β) (V - diag(γ) K S)      A = tril(diag(β) K Kᵀ ⊙ Γ, -1)      Γ_ij = γ_i/γ_j for i >= j
 
@@ -311,20 +317,22 @@ def _delta_chunk(q, k, v, log_alpha, beta, S, scale, erase):
 
     # log Γ_ij = Σ_{j<l<=i} log α_l is summed for every pair of tokens: as the difference of two long
     # sums it would be lost by rounding where the decay is strong.
-    later = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1)                 # row j: log α_l for l > j
-    log_Gamma = later.cumsum(-1).mT                                                     # row i: the sums up to i
+    later = log_alpha[..., None, :].expand(*log_alpha.shape, C).triu(1)                 # [j,l]: log α_l for l > j, else 0
+    log_Gamma = later.cumsum(-1).mT                                                     # summed over l <= i, then [i,j]
     Gamma = log_Gamma.exp().tril()                                                      # (B,H,n,C,C), 0 for i < j
     to_end = Gamma[..., -1, :, None]                    # γ_C/γ_i, the share of write i that is left at the chunk's end
 
-    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. To the solver the diagonal is ones,
-    # so A stands for I + A.
-    U = beta * v
+    # U = (I + A)^-1 diag(β) V   and   W = (I + A)^-1 diag(β γ) K. The solver is told that the
+    # diagonal is ones, and does not read it, so that it takes A for I + A.
+    beta_v = beta * v
     if erase:
         A = (beta * (k @ k.mT) * Gamma).tril(-1)
-        right_side = torch.cat([U, beta * gamma * k], -1)
+        right_side = torch.cat([beta_v, beta * gamma * k], -1)
         UW = torch.linalg.solve_triangular(A, right_side, upper=False, unitriangular=True)
         U, W = UW.split([Dv, Dk], -1)
         W = W.unbind(2)
+    else:
+        U = beta_v
 
     # walk from chunk to chunk:  V' = U - W S,   S <- γ_C S + (diag(γ_C/γ) K)ᵀ V'
     U = U.unbind(2)
@@ -471,7 +479,7 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 
         q_i W_i + b_i = q_i W_start + b_start - s_i Σ_{j<=i} (q_i·k_j + 1) η_j ∇_j
     """
-    W_start, b_start, earlier_W, earlier_b, _ = state
+    W_start, b_start, earlier_grad_W, earlier_grad_b, _ = state
     K = len(token_scale)
     T = q.size(1)
 
@@ -488,9 +496,9 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     ln_bias = ln_bias[:, None]
 
     # The walk does only what the next mini-batch has to wait for.
-    seen = pos
-    grad_W = earlier_W
-    grad_b = earlier_b
+    seen = pos                                              # tokens of the first mini-batch in earlier calls
+    grad_W = earlier_grad_W
+    grad_b = earlier_grad_b
     W_starts = []
     b_starts = []
     lr_grads = []                                                                       # η_j ∇_j
@@ -513,19 +521,19 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
             grad_b = torch.zeros_like(b_start)
             pos = 0
 
-    # Then the queries of all mini-batches at once. Zeros stand for the tokens that the first and the
-    # last mini-batch lack: they change nothing.
+    # Then the queries of all mini-batches at once. In the first mini-batch zeros stand for the tokens
+    # of earlier calls, in the last one for those that have not come: they change nothing.
     def by_mini_batch(x):
         lacking = len(sizes) * K - seen - T
         return F.pad(x, (0, 0, seen, lacking)).unflatten(2, (len(sizes), K))            # (B,H,n,K,D)
 
     queries = by_mini_batch(q)
     weights = (queries @ by_mini_batch(k).mT + 1).tril()                                # the 1 is the bias's share
-    own = weights @ by_mini_batch(torch.cat(lr_grads, 2))
+    step = weights @ by_mini_batch(torch.cat(lr_grads, 2))
     if seen > 0:    # the gradients of the first mini-batch's tokens that an earlier call has read
-        first = own[:, :, :1] + queries[:, :, :1] @ earlier_W[:, :, None] + earlier_b[:, :, None, None]
-        own = torch.cat([first, own[:, :, 1:]], 2)
-    z_q = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :] - token_scale[:, None] * own
+        first = step[:, :, :1] + queries[:, :, :1] @ earlier_grad_W[:, :, None] + earlier_grad_b[:, :, None, None]
+        step = torch.cat([first, step[:, :, 1:]], 2)
+    z_q = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :] - token_scale[:, None] * step
     z_q = z_q.flatten(2, 3)[:, :, seen:seen + T]
 
     o = q + layer_norm(z_q, ln_weight, ln_bias)

@@ -594,7 +594,7 @@ class Store(NamedTuple):
     k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
-    used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it, or else where it moved in
+    used: Tensor     # (B,Hkv,n) lru: position of the last query that retrieved it; at first, of its arrival
 
 
 class KNNState(NamedTuple):
@@ -697,10 +697,10 @@ class KNNAttention(Attention):
         any_found = []
         for t, q_block in zip(bounds, q.split(sizes, 2)):
             oldest = max(t - self.window, 0)
-            newest = t - self.window + self.block               # exclusive
-            if t % self.block == 0 and newest > 0:
-                new_k = past_k[:, :, oldest - first:newest - first]
-                new_v = past_v[:, :, oldest - first:newest - first]
+            end_of_block = t - self.window + self.block
+            if t % self.block == 0 and end_of_block > 0:
+                new_k = past_k[:, :, oldest - first:end_of_block - first]
+                new_v = past_v[:, :, oldest - first:end_of_block - first]
                 store = self.write(store, new_k, new_v, oldest, t)
             positions = torch.arange(t, t + q_block.size(2), device=x.device)
             y_block, hit, store = self.retrieve(q_block, store, positions)
@@ -741,8 +741,8 @@ class KNNAttention(Attention):
         # queries.
         group = self.H // self.Hkv
         q = q.reshape(B, self.Hkv, group * n, D)
-        t = t.repeat(group)[:, None]                            # (G·n,1)
-        outside = store.written[:, :, None] <= t - self.window  # (B,Hkv,G·n,size)
+        t_column = t.repeat(group)[:, None]                             # (G·n,1)
+        outside = store.written[:, :, None] <= t_column - self.window   # (B,Hkv,G·n,size)
         score = (q @ store.k.to(q.dtype).mT * D ** -0.5).masked_fill(~outside, -math.inf)
         best, place = score.detach().topk(min(self.topk, score.size(-1)), sorted=False)
         is_pair = best > -math.inf         # (B,Hkv,G·n,topk): not one that is hidden from the query
@@ -750,11 +750,11 @@ class KNNAttention(Attention):
         # All other scores are masked rather than the best gathered: two matrix products cost less
         # than moving topk·D numbers a query. finfo.min instead of -inf keeps the softmax of a query
         # that found nothing finite.
-        nearest = torch.zeros_like(outside).scatter(-1, place, is_pair)
-        weight = score.masked_fill(~nearest, torch.finfo(score.dtype).min).softmax(-1)
+        is_nearest = torch.zeros_like(outside).scatter(-1, place, is_pair)
+        weight = score.masked_fill(~is_nearest, torch.finfo(score.dtype).min).softmax(-1)
         y = weight @ store.v.to(q.dtype)
         if self.evict == "lru":
-            store = store._replace(used=self.last_use(store, score.detach(), best, outside, t))
+            store = store._replace(used=self.last_use(store, score.detach(), best, outside, t_column))
         hit = is_pair.any(-1, keepdim=True)
         return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store
 
@@ -819,7 +819,7 @@ class TTT(nn.Module):
         self.v = nn.Linear(C, C, bias=config.bias)
         self.lr = nn.Linear(C, H)                                       # w_h, c_h
         self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i, what s_i differs from 1/i by
-        self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked
+        self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked: a matrix, so Muon's
         self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
         self.ln_bias = nn.Parameter(torch.zeros(H * self.D))
@@ -1216,7 +1216,7 @@ class AdaptiveMemory(ContextualMemory):
     """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^p + β_0: the more pairs, the sharper   (eq. 6).
 
     They are the last `window` pairs up to t - m. In training each layer draws its own m from lags =
-    (least, largest) in every pass that no pair precedes. Otherwise m is the least.
+    (least, largest) in every call without a state. Otherwise m is the least. In `ask` m is called lag.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
@@ -1233,8 +1233,8 @@ class AdaptiveMemory(ContextualMemory):
             self.power = nn.Parameter(start / 3)
 
     def size(self):
-        """The values' length (H,), exp(min(|scale|, 15)); here |·| has a gradient at 0 too, where the
-        scale starts."""
+        """The values' length (H,), exp(min(|scale|, 15)). The scale starts at 0, which it could never
+        leave with torch.abs, whose gradient is 0 there."""
         if not self.is_adaptive:
             return super().size()
         return torch.where(self.scale < 0, -self.scale, self.scale).clamp(max=15).exp()
@@ -1276,8 +1276,9 @@ class AdaptiveMemory(ContextualMemory):
         n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
         queries = self.sharpen(queries, n)
 
-        # The query of place p + m - 1 moves to p, the newest pair that it may see, and what it finds
-        # moves back. Those that wrap around see no pair: n <= 0 sets them to 0.
+        # ContextualMemory.ask shows to the query in place p all pairs up to p. To stop m - 1 pairs
+        # earlier, the queries move m - 1 places to the left, and their answers back. The first m - 1
+        # wrap around: they have no pair left (n <= 0), so their answers become 0.
         if is_drawn:
             place = torch.arange(T, device=queries.device)
             y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
@@ -1495,8 +1496,8 @@ class RMT(nn.Module):
 
     The memory is written at the end because a causal model's earlier positions never see the
     segment. Write positions start from the read memory, as in the paper: what is not overwritten
-    carries over, and no weights are added. The write tokens run only once a token of the next
-    segment is there to read them. Positions restart in each segment, and windowed layers keep
+    carries over, and no weights are added. A segment's write tokens wait until the first token of
+    the next segment comes. Positions restart in each segment, and windowed layers keep
     seeing the read memory (the stack's free tokens).
 
     Bulatov et al. 2022, section 3; https://github.com/booydar/recurrent-memory-transformer.
@@ -1531,8 +1532,8 @@ class RMT(nn.Module):
         start = self.memory_tokens.weight.to(x.dtype).expand(B, -1, -1)
         memory, segment, seen = (start, None, 0) if state is None else state
 
-        # Cut where segments end. A segment that was complete before this call leaves an empty first
-        # piece.
+        # Cut where segments end. A segment that ends with this call stays open (seen = S), and the first
+        # piece of the next call is then empty.
         bounds = [0, *range(self.S - int(seen), T, self.S), T]
         sizes = [end - begin for begin, end in zip(bounds, bounds[1:])]
         pieces = x.split(sizes, 1)
@@ -1583,10 +1584,10 @@ class RMT(nn.Module):
     def run_truncated(self, pieces, ve_pieces, memory, segment):
         """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        Every segment is run once for each depth d. The gradient of run d crosses exactly d
-        boundaries, since the memory that it reads was detached there. Without dropout all of them
-        compute the same numbers, and only the gradients differ. The outputs are those of the deepest
-        run; of the others only the memory is used. So truncation costs rmt_bptt + 1 runs of the stack.
+        Run d of a segment reads a memory that was detached d boundaries ago, so that its gradient
+        crosses d of them. There is one run at first, and one more after each boundary, up to
+        rmt_bptt + 1. Without dropout all of them compute the same numbers, and only the gradients
+        differ. The outputs are those of the deepest run; of the others only the memory is used.
         """
         runs = [(memory, segment)]              # one for each depth, the deepest last
         ys = []
@@ -1597,7 +1598,7 @@ class RMT(nn.Module):
             # without its gradient, and what would be deeper than rmt_bptt is dropped.
             written = [new_memory for _, new_memory in outputs]
             by_depth = [written[0].detach(), *written][:self.bptt + 1]
-            runs = [(memory, None) for memory in by_depth]
+            runs = [(memory_d, None) for memory_d in by_depth]
         memory, segment = runs[-1]
         y, segment = self.read_piece(pieces[-1], ve_pieces[-1], memory, segment)
         ys.append(y)

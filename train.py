@@ -669,7 +669,8 @@ def check_one_process(script: str) -> None:
 
 @contextmanager
 def alone_in(folder: Path):
-    """Keeps every other command out of a run's folder. Raises UserError if one is there. Only the first rank asks."""
+    """Keeps every other command out of a run's folder. Raises UserError if one is there. Only the first rank asks.
+    (`data.locked` waits instead, where a corpus is prepared.)"""
     if data.fcntl is None or rank() > 0:
         yield
         return
