@@ -1589,6 +1589,8 @@ def figure_budget(cells):
                 shares.append(np.mean(won.gain.diffs) / np.mean(won.deficit.diffs))
             ax.plot([training_tokens(won) for won in budgets], shares, **style, lw=1.6, label=condition)
         ax.set(title=f"T = {T}", xscale="log", xlabel="training tokens")
+        ax.set_xticks(sorted({training_tokens(won) for budgets in here.values() for won in budgets}))
+        ax.minorticks_off()
         ax.xaxis.set_major_formatter(human)
     axes[0, 0].set_ylabel("closure (0 = windowed, 1 = global)")
     handles = {}

@@ -1855,8 +1855,8 @@ class GPT(nn.Module):
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                # the likeliest token at 0, so that a small temperature cannot overflow
-                logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+                # with the likeliest token at 0, and in float64, no temperature overflows
+                logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
                 new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], 1)
         self.train(was_training)
