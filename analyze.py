@@ -365,9 +365,9 @@ def read_abilities(folder: Path) -> dict[str, dict]:
     """memory -> ability -> its number, from all results of toys.py in this folder; memories in the order of LOOKS.
 
     A number is the mean over seeds. Where a memory was trained with several settings, such as learning
-    rates or widths, the best ones count. What is trained and tested on is the same for all memories: what most
-    runs have (see TRAINED_ON), and for regbench 1000 automata. Its transformer with rotations is
-    global attention.
+    rates or widths, the best ones count. What is trained and tested on is the same for all memories:
+    what most runs have (see TRAINED_ON), and for regbench 1000 automata. Its transformer with
+    rotations is global attention.
     """
     seeds = {}    # memory, ability, what it was trained on, all settings -> the numbers of the seeds
     common = {}   # ability -> how many runs were trained on what
