@@ -347,9 +347,9 @@ class Ability:
     perfect: float
 
 
-# accuracy[2] is that at 4T, the third of the lengths T, 2T, 4T and 8T; accuracy[-1] that at 8T. All 64 pairs are half of
-# the keys of capacity, as many as the longest training sequence holds. In a new language about half of the guesses are
-# right if the most frequent symbol so far is guessed.
+# Accuracy is measured at the lengths T, 2T, 4T and 8T: accuracy[2] is that at 4T, accuracy[-1] that at 8T. The perfect
+# number of capacity is the pairs of the longest training sequence. Whoever guesses the most frequent symbol of a new
+# language so far is right about half of the time.
 ABILITIES = {
     "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
     "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
@@ -561,7 +561,7 @@ def read_settings(content: dict) -> dict:
 
 def read_run(path: Path) -> RunRecord | None:
     """One file -> RunRecord; None if it is no result; ValueError if it is broken or partial."""
-    # eval.py's file lies beside the result.json of the run that it measured, so the run is not missed
+    # eval.py's file repeats the identity of a run whose result.json lies beside it, and would count it twice
     if path.name.startswith("eval_"):
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -670,7 +670,7 @@ class Cell:
         """The condition without its layers, window and settings: "local", "rmt-0", "ttt"."""
         return base_name(self.label)
 
-    def setting(self) -> tuple:
+    def compared_within(self) -> tuple:
         """What two cells must have in common to be compared: study, T and training tokens."""
         return self.study, self.T, self.one.costs.get("train_tokens")
 
@@ -709,6 +709,7 @@ def relevant(key: str, run: RunRecord) -> bool:
         return False
     if key == "window":
         return run.follows_pattern
+    # rmt's settings count for memory-bench's "rmt-m16-s512" too, and mosaic's for mosaic2
     memory = owner(key)
     return memory is None or run.memory.startswith(memory)
 
@@ -776,7 +777,7 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
 
 
 def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
-    """The cell to compare with, of the same `setting`; its name is the first of `names` that is there.
+    """The cell to compare with, of the same `compared_within`; its name is the first of `names` that is there.
 
     If several cells have that name, the one with the same window is taken, and then the one with the
     fewest other settings that differ.
@@ -785,7 +786,7 @@ def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
         other_window = other.one.window != cell.one.window
         return names.index(other.base), other_window, len(differing(other.one, cell.one))
 
-    candidates = [c for c in cells if c.setting() == cell.setting() and c.base in names]
+    candidates = [c for c in cells if c.compared_within() == cell.compared_within() and c.base in names]
     return min(candidates, key=distance, default=None)
 
 
@@ -901,17 +902,15 @@ def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | st
     G, D (n,): for each seed the gain and the deficit.
 
     A ratio means nothing where its denominator may be 0. So it is "undefined" unless the 95% interval
-    of D lies above 0.
-
-    The bootstrap draws n seeds with replacement, each with its G and its D, and computes the ratio of
-    what was drawn. The spread of many such ratios is the standard error. Their percentiles would be
-    the usual interval, but never leave the range of the seeds' own ratios, and hold the truth in at
-    most 75% of cases for n = 3. So the interval is built like Student's:
+    of D lies above 0. The interval of the ratio is built like Student's:
 
         ΣG/ΣD ± t(0.975; n-1) · √(n/(n-1)) · standard error
 
-    The root undoes the bias of a bootstrap of few values, whose variance is (n-1)/n of what it should
-    be (Hesterberg 2015).
+    The standard error comes from a bootstrap: n seeds are drawn with replacement, each with its G and
+    its D, and the standard error is the spread of the ratios of many such draws. The root undoes the
+    bias of a bootstrap of few values, whose variance is (n-1)/n of what it should be (Hesterberg 2015).
+    The percentiles of these ratios would be the usual interval. But they never leave the range of the
+    seeds' own ratios, and for n = 3 hold the truth in at most 75% of cases.
     """
     G = np.asarray(G, float)
     D = np.asarray(D, float)
@@ -1103,7 +1102,7 @@ def comparisons(cells) -> list[Comparison]:
         others = [baseline(c, cells, *WINDOWED), baseline(c, cells, "global"), in_its_place(c, cells)]
         if c.one.memory.startswith("rmt"):
             others.append(baseline(c, cells, "rmt-0"))
-        # the windowed baseline is compared with nothing: global is compared with it
+        # its difference to global stands in the row of global
         if others[0] is c:
             continue
         # one cell may play two of these parts
@@ -1127,7 +1126,8 @@ def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
     for other in cells:
         # the pattern of the other, tiled over the layers
         tiled = (other.one.window * len(letters))[:len(letters)]
-        if other.setting() == cell.setting() and other.one.memory == "none" and tiled == letters:
+        comparable = other.compared_within() == cell.compared_within()
+        if comparable and other.one.memory == "none" and tiled == letters:
             candidates.append(other)
     return min(candidates, key=lambda other: len(differing(other.one, cell.one)), default=None)
 
@@ -1247,6 +1247,10 @@ class WonBack(NamedTuple):
     gain: Paired              # windowed - condition, in bpb
     deficit: Paired           # windowed - global
 
+    def closure_of_means(self) -> float:
+        """The closure without its interval, which needs no number of seeds."""
+        return float(np.mean(self.gain.diffs) / np.mean(self.deficit.diffs))
+
 
 def won_back(cells) -> Iterator[WonBack]:
     """The gain of every condition between a windowed and a global baseline, wherever they share seeds."""
@@ -1335,10 +1339,9 @@ def budget_table(cells) -> str:
     rows = []
     for (T, condition), budgets in several_budgets(cells).items():
         for won in budgets:
-            share = np.mean(won.gain.diffs) / np.mean(won.deficit.diffs)
             rows.append([T, condition, human(training_tokens(won)), len(won.gain.seeds),
                          f"{1000 * np.mean(won.deficit.diffs):.0f}", f"{1000 * np.mean(won.gain.diffs):.0f}",
-                         f"{100 * share:.0f}%", closure_text(won.gain.diffs, won.deficit.diffs)])
+                         f"{100 * won.closure_of_means():.0f}%", closure_text(won.gain.diffs, won.deficit.diffs)])
     head = ["T", "condition", "training tokens", "n", "deficit mBPB", "gain mBPB", "closure of means",
             "closure [95% CI]"]
     return table(head, rows, left=2)
@@ -1586,7 +1589,7 @@ def figure_budget(cells):
             for won in budgets:
                 of_seeds = np.divide(won.gain.diffs, won.deficit.diffs)
                 ax.plot([training_tokens(won)] * len(of_seeds), of_seeds, ".", color=style["color"], ms=5, mew=0)
-                shares.append(np.mean(won.gain.diffs) / np.mean(won.deficit.diffs))
+                shares.append(won.closure_of_means())
             ax.plot([training_tokens(won) for won in budgets], shares, **style, lw=1.6, label=condition)
         ax.set(title=f"T = {T}", xscale="log", xlabel="training tokens")
         ax.set_xticks(sorted({training_tokens(won) for budgets in here.values() for won in budgets}))
@@ -1731,18 +1734,18 @@ DIFFERENCES = f"""
 Runs of one seed have read the same batches. So a difference is taken seed by seed, condition minus
 baseline, over the n seeds that both have. It is in mBPB (0.001 bits per byte); a negative one is better
 than the baseline. The learning rates may differ (see above). Below {MIN_SEEDS} seeds there is no interval
-and no test. In brackets stands Holm's correction, over all tests of this table, for each kind of test. Where the interval holds 0, "could be
-seen" is the smallest true difference that so many seeds, scattering like these, would have shown in
-four of five repetitions (power 0.8). With n pairs the exact sign-flip p
-can't be below 2/2^n, so with fewer than 6 it can't be below 0.05.
+and no test. In brackets stands Holm's correction, over all tests of this table, for each kind of test.
+Where the interval holds 0, "could be seen" is the smallest true difference that so many seeds,
+scattering like these, would have shown in four of five repetitions (power 0.8). With n pairs the exact
+sign-flip p can't be below 2/2^n, so with fewer than 6 it can't be below 0.05.
 """
 POSITION = """
 Does a memory help where the window hurts? In each bucket of positions, D = windowed − global is what the
 window costs (if negative, it helps), and G = windowed − condition is what the condition gains (if
 negative, it loses). Windowed is floor, or local where there is no floor. Up to the window's length
 windowed and global see the same text, so a D there comes from training, not from what is seen. r
-correlates G and D over positions. They share the windowed runs, so noise alone correlates them: r means something only if it is
-above all values of the noise *and* above 0 with split seeds.
+correlates G and D over positions. They share the windowed runs, so noise alone correlates them: r means
+something only if it is above all values of the noise *and* above 0 with split seeds.
 """
 WON_BACK = """
 Windowed attention (floor, or local where there is no floor) is what a memory has to improve on, and

@@ -58,6 +58,7 @@ import argparse
 import base64
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import heapq
@@ -124,8 +125,9 @@ LONGEST_RUN = 2048
 # How the names of BabiStories' files end. Each line of them is a story.
 BABI_STORIES = ("traindataset.txt", "valdataset.txt")
 
-# The words that BPE merges within: letters after at most one mark or space, up to 3 digits, marks, line ends, spaces.
-# Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
+# BPE merges within words, and a word is one of these: letters after at most one mark or space; up to 3 digits; marks,
+# with a space before and line ends behind; white space up to a line end; white space up to the next word; other white
+# space. Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
 WORDS = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -147,7 +149,8 @@ def disk(path: str | Path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; files already written are intact, so make room (or "
+        remedy = "make room" if error.errno == errno.ENOSPC else "make it writable"
+        raise UserError(f"cannot write {path}: {error.strerror}; files already written are intact, so {remedy} (or "
                         "choose another folder) and give the same command again") from None
 
 
@@ -176,7 +179,7 @@ def replacing(path: str | Path, keep: str | Path | None = None):
 
 @contextlib.contextmanager
 def locked(path: str | Path):
-    """Lets one process at a time through. The others say so and wait, and then find done what the first one did."""
+    """Lets one process at a time through. The others say so and wait, and then use what the first one made."""
     with open(path, "a") as file:
         # the lock ends when the file is closed, also by the end of a killed process
         if fcntl:
@@ -855,7 +858,7 @@ def trained_tokens(n: int, text: Text, cache: Path, quiet: bool = False) -> list
             tokens = [base64.b64decode(line.split()[0]) for line in file]
         if len(tokens) == n - 1:
             return tokens
-        print(f"note: {path} is damaged and is made again")
+        print(f"note: {path} is damaged and is made again", file=sys.stderr)
 
     # train, and keep the result
     began = time.time()
@@ -1017,7 +1020,7 @@ def prepare(text: Text, encoding: tiktoken.Encoding, cache: Path, quiet: bool = 
     if meta:
         return folder, meta
     if folder.exists():
-        print(f"note: {folder} is damaged and is made again")
+        print(f"note: {folder} is damaged and is made again", file=sys.stderr)
         shutil.rmtree(folder)
 
     # it is made under another name, and begins empty: a killed process may have left a part of it
@@ -1160,7 +1163,7 @@ def plan_rows(start: np.ndarray, length: np.ndarray, row: int) -> Plan:
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers of all rows in the order of an epoch. Two are kept, as a batch can lie in two epochs."""
-    # numpy takes no negative seed
+    # numpy takes no negative seed, which a caller of `Corpus.batch` may give (the settings allow none)
     return np.random.default_rng([seed % 2**63, epoch]).permutation(n_rows)
 
 
@@ -1168,7 +1171,7 @@ def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 # Corpus: batches
 
 class Corpus:
-    """The tokens of a prepared corpus, and its rows. No method changes what another one returns.
+    """The tokens of a prepared corpus, and its rows. What a method returns depends on its arguments alone.
 
     name, tokenizer     as given to `load`
     encoding            the tiktoken Encoding
@@ -1275,7 +1278,7 @@ class Corpus:
         """Yields (x, y, doc_pos), int64, (rows, seq_len) each; the last batch may have fewer rows.
 
         They are the same for every model and seed. If there are more than max_tokens targets, it is a random sample.
-        doc_pos: how many tokens of the target's own piece precede it, counting <|endoftext|>; 0 if the target is one.
+        doc_pos is the target's place in its own piece: 0 for the piece's <|endoftext|>, 1 for its first token of text.
         """
         # always the same order, so that the first rows are a fair sample
         ids = np.random.default_rng(0).permutation(self.n_rows(seq_len, split))

@@ -38,9 +38,9 @@ Glossary
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
-    band            the targets whose distance is in one range; from band to band the ranges double.
-                    In `copy` it is the distance to what a look-up finds, in `carry` to where the state
-                    was thrown away. Like buckets the bands recombine to the total.
+    band            targets grouped by a distance: 1 to 15, 16 to 31, 32 to 63, ... tokens. In `copy` it is
+                    the distance to what a look-up finds, in `carry` to where the state was thrown
+                    away. Like buckets the bands recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
@@ -299,8 +299,8 @@ def proc_bytes(path: Path, name: str) -> int:
 
 @contextmanager
 def memory_ceiling(device):
-    """Limits this process's memory, so that taking too much raises an exception. Otherwise Linux
-    kills the process (on a CPU)."""
+    """On a CPU: limits this process's memory, so that taking too much raises an exception. Without the
+    limit Linux would kill the process."""
     status = Path("/proc/self/status")
     machine = Path("/proc/meminfo")
     if device.type == "cuda" or not (status.exists() and machine.exists()):
@@ -806,8 +806,8 @@ PASSAGE = 256  # tokens in the picture
 
 
 def measure_carry(run: Run, corpus, tokens: int) -> dict:
-    """What it costs to throw the state away every 16, 32, ... tokens. The nats and bits per byte of
-    such a cut are differences: with it minus without. Its bands tell how many tokens were read since
+    """What it costs to throw the state away every 16, 32, ... tokens. What is stored of such a cut, nats
+    and bits per byte, is the difference to reading on: with the cut minus without. Its bands tell how many tokens were read since
     the cut; the first band holds the beginnings of rows, before any cut."""
     T = run.cfg.max_seq_len
     x, y, sha256 = validation_rows(run, corpus, tokens)
@@ -908,8 +908,8 @@ def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> T
 
 
 def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """How well `answer` (rows,n) continues a text that was read to `state`, its last logits being
-    (rows,1,V) -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
+    """How well `answer` (rows,n) continues a text; logits (rows,1,V) are those after its last token,
+    state is the state there -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
     as 0 or 1; float64."""
     after = [more for _, more, _ in read(run, answer[:, :-1], state)]
     log_p = torch.cat([logits, *after], 1).log_softmax(-1)                              # (rows,n,V)
@@ -967,7 +967,7 @@ def niah_cell(run: Run, corpus, length: int, depth: float, opts: Options) -> dic
 def cell_text(cell: dict) -> str:
     """How the table shows a cell."""
     if "limit" in cell:
-        return cell["limit"][:20]
+        return cell["limit"]
     if cell["margin"] is None:
         return "not finite"
     return f"{cell['margin']:+.2f} ±{cell['margin_error']:.2f} {cell['exact']:4.0%}"
@@ -1066,6 +1066,8 @@ def attention_layers(run: Run) -> dict[str, torch.nn.Module]:
     for i, mixer in enumerate(mixers):
         if isinstance(mixer, (Attention, ContextualMemory)):
             found[str(i)] = mixer
+        elif isinstance(mixer, ShortAndLongMemory) and len(mixer.memories) == 1:    # mosaic2_long=False
+            found[str(i)] = mixer.memories[0]
         elif isinstance(mixer, ShortAndLongMemory):
             for memory in mixer.memories:
                 found[f"{i}, {'short' if memory.window else 'long'}-term"] = memory
@@ -1309,7 +1311,7 @@ def continuation(run: Run, corpus, prompt: str, opts: Options) -> str:
     device = pick_device(run.cfg)
     start = torch.tensor([[corpus.eos, *encode(corpus.encoding, prompt).tolist()]], device=device)
     n = opts.new_tokens
-    if run.cfg.pos == "learned" and run.cfg.memory != "rmt":
+    if getattr(run.model.body, "wpe", None) is not None:    # rmt's positions begin anew in each segment
         n = max(0, min(n, run.cfg.max_seq_len - start.size(1)))
 
     # A generator for each prompt, so that its answer does not depend on the other prompts.
@@ -1543,7 +1545,7 @@ TASKS = {
 
 
 def note_unused(opts: Options) -> None:
-    """Says which options no task reads that is to be done, and goes on."""
+    """Names the given options that none of the chosen tasks reads, and goes on."""
     for f in fields(Options):
         readers = f.metadata["group"]
         is_read = readers == "every task" or set(readers.split(", ")) & set(opts.tasks())

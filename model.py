@@ -5,7 +5,7 @@ Every memory layer has one signature, and so does the whole model:
     y, state = layer(x, state)                  x, y (B,T,C); state is all the layer remembers, None for "nothing yet"
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
-Training, evaluation and generation all go through it; there is no other path. Cutting a sequence anywhere and carrying
+Whatever computes logits goes through it, in training, evaluation and generation alike. Cutting a sequence anywhere and carrying
 the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple where they differ in
 kind). It is never changed; no layer writes into its inputs.
 
@@ -55,7 +55,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from memories import DELTA_CHUNK, TTTState, gated_delta_rule, leaky_average, ttt_linear
+from memories import DELTA_CHUNK, TTTState, gated_delta_rule, leaky_average, state_dtype, ttt_linear
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ class Config:
     knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
     knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
                             choices=("fifo", "lru"))
-    mosaic_slots: int = option(0, "mosaic, and mosaic2 without its MLP: persistent pairs a head; 0 = as many "
-                               "parameters as an attention block",
+    mosaic_slots: int = option(0, "mosaic, and mosaic2 without its MLP: persistent pairs a head; 0 = so many "
+                               "that the block is as large as one of attention",
                                "memory", low=0)
     mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those "
                                 "up to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
@@ -200,8 +200,8 @@ PRESETS = {
 # Shared parts: tensors
 
 def at_least_float32(x: Tensor) -> torch.dtype:
-    """float32, or x's own dtype where that is wider (as memories.state_dtype)."""
-    return torch.promote_types(x.dtype, torch.float32)
+    """float32, or x's own dtype where that is wider."""
+    return state_dtype(x.dtype)
 
 
 def full_precision(x: Tensor):
@@ -453,8 +453,8 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Softmax attention (`attend`) over a window or over all of the past. Its first n_free tokens
-    stay visible."""
+    """Softmax attention (`attend`) over a window or over all of the past. The keys of its first n_free
+    tokens are free: they stay visible whatever the window is."""
     def __init__(self, config: Config, layer: int, n_free: int = 0):
         super().__init__()
         C = config.n_embd
@@ -590,7 +590,8 @@ class PersistentAttention(Attention):
 # knn: an external key-value store (Wu et al. 2022)
 
 class Store(NamedTuple):
-    """Pairs that have left the window or soon will, since they move in by the block; n of them, at most N."""
+    """n pairs, at most N. They enter `store_block` at a time, so some of them may still be in the window;
+    retrieval skips these."""
     k: Tensor        # (B,Hkv,n,D) unrotated keys: a match is by content, wherever the token stood
     v: Tensor        # (B,Hkv,n,D)
     written: Tensor  # (B,Hkv,n) the token's position
@@ -875,7 +876,8 @@ class TTT(nn.Module):
         return q + self.conv_q_bias.to(q.dtype), k + self.conv_k_bias.to(k.dtype), new_tail
 
     def flops(self, T):
-        """W's gradient, its use, and what is shared within a mini-batch; the convolutions."""
+        """A head's products with D×D matrices are three: the answer to the key, that to the query, and
+        kᵀ∇ (6D²). Within a mini-batch a query meets K keys and their gradients (4KD). The convolutions."""
         H = self.W.size(0) // self.D
         convolutions = 4 * self.conv_q.numel() if self.is_mamba else 0
         return H * (6 * self.D * self.D + 4 * self.K * self.D) + convolutions
@@ -1001,7 +1003,8 @@ class MosaicKey(nn.Module):
     def __init__(self, config: Config, power: float):
         super().__init__()
         self.D = config.head_dim
-        self.power = power  # 1 where keys meet keys, 2 where they meet learned ones: both products have the scale twice
+        # 1 where keys meet keys, 2 where they meet learned ones: so exp(s) is twice in either product, up to the limit
+        self.power = power
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
         self.scale = nn.Parameter(torch.ones(config.n_head) / EXP_SPEEDUP)              # s / 10 (the paper's σ)
@@ -1222,10 +1225,13 @@ class AdaptiveMemory(ContextualMemory):
         super().__init__(config, layer)
         self.window = window
         self.lags = lags
-        self.key = GatedKey(config, power=1) if config.mosaic2_gated else MosaicKey(config, power=1)
+        if config.mosaic2_gated:        # in place of ContextualMemory's key
+            self.key = GatedKey(config, power=1)
+        else:
+            self.key = MosaicKey(config, power=1)
         self.is_adaptive = config.mosaic2_adaptive
         if self.is_adaptive:
-            self.key.scale = None
+            self.key.scale = None       # β_n takes its place
             start = torch.ones(config.n_head)
             self.scale = nn.Parameter(0 * start)
             self.log_beta_0 = nn.Parameter(1.5 * start)
@@ -1276,9 +1282,10 @@ class AdaptiveMemory(ContextualMemory):
         n = torch.arange(before + 2, before + 2 + T, device=queries.device) - lag       # pairs left to a query (T,)
         queries = self.sharpen(queries, n)
 
-        # ContextualMemory.ask shows to the query in place p all pairs up to p. To stop m - 1 pairs
-        # earlier, the queries move m - 1 places to the left, and their answers back. The first m - 1
-        # wrap around: they have no pair left (n <= 0), so their answers become 0.
+        # ContextualMemory.ask shows to the query in place p the pairs 0 to p. To stop m - 1 pairs
+        # earlier, the queries move m - 1 places to the left, and their answers back. With m = 3, query 4
+        # moves to place 2, sees the pairs 0, 1 and 2 there, and its answer returns to place 4. The first
+        # m - 1 queries have no pair left (n <= 0): they wrap around to the end, and their answers become 0.
         if is_drawn:
             place = torch.arange(T, device=queries.device)
             y = super().ask(queries.index_select(2, (place + lag - 1) % T), keys, values)
@@ -1384,7 +1391,7 @@ class TokenShift(nn.Module):
 
 class BlockState(NamedTuple):
     """The states of a block's parts."""
-    mixer: tuple          # or None, or a tensor: as the layer has it
+    mixer: tuple | Tensor | None
     feedforward: Tensor | None
     shift: Tensor | None  # (B,CONV_WIDTH-1,C) the token shift's last inputs
 
@@ -1442,7 +1449,7 @@ class Stack(nn.Module):
                 feedforward = memory.feedforward
             self.blocks.append(Block(config, mixer(config, layer), feedforward(config)))
         self.value_embed_index = [config.value_embed_index(layer) for layer in range(config.n_layer)]
-        # as every kind of positions, learned ones are there for attention
+        # only attention needs positions
         has_positions = config.pos == "learned" and any(isinstance(block.mixer, Attention) for block in self.blocks)
         self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if has_positions else None
         self.embed_norm = Norm(config) if config.norm == "rms" else nn.Identity()
@@ -1450,7 +1457,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state=None, ve=None):
-        """x (B,T,C) -> y (B,T,C), the new state. Learned positions end where training ended."""
+        """x (B,T,C) -> y (B,T,C), the new state. Raises ValueError where learned positions end."""
         pos, block_states = (0, [None] * len(self.blocks)) if state is None else state
         end = int(pos) + x.size(1)
         if self.wpe is not None:
@@ -1566,8 +1573,8 @@ class RMT(nn.Module):
         return y[:, read_memory.size(1):], segment
 
     def read_and_write(self, piece, ve, memory, segment):
-        """The same with the write positions behind it -> the outputs at the piece (B,n,C), the next
-        segment's memory (B,M,C)."""
+        """As `read_piece`, with the write positions behind the piece -> the outputs at the piece (B,n,C),
+        the next segment's memory (B,M,C)."""
         n = piece.size(1)
         read_memory = memory if segment is None else memory[:, :0]
         x = torch.cat([read_memory, piece, memory], 1)
@@ -1584,10 +1591,13 @@ class RMT(nn.Module):
     def run_truncated(self, pieces, ve_pieces, memory, segment):
         """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        Run d of a segment reads a memory that was detached d boundaries ago, so that its gradient
-        crosses d of them. There is one run at first, and one more after each boundary, up to
-        rmt_bptt + 1. Without dropout all of them compute the same numbers, and only the gradients
-        differ. The outputs are those of the deepest run; of the others only the memory is used.
+        A segment is run several times, each time from the same memory, which was detached at another
+        boundary: for run d it was detached d boundaries ago, so that the gradient crosses d of them.
+        Let rmt_bptt be 1. Then the third segment has run 0, on its memory detached at once, and run 1, on
+        its memory as the second segment wrote it from a detached one. There is one run at first, and one
+        more after each boundary, up to rmt_bptt + 1. Without dropout all of them compute the same numbers,
+        and only the gradients differ. The outputs are those of the deepest run; of the others only the
+        memory is used.
         """
         runs = [(memory, segment)]              # one for each depth, the deepest last
         ys = []
@@ -1687,7 +1697,8 @@ def check_architecture(config: Config) -> None:
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
                          "at once; raise it")
-    # A mosaic block's second half has what its first half leaves: at least one channel of the MLP, or one learned pair.
+    # A mosaic block has as many weights as a block of attention. What its first half leaves of them is for its second
+    # half, which needs enough for one channel of the MLP, or for one learned pair.
     C = config.n_embd
     smallest = 0
     if config.memory == "mosaic2" and config.mosaic2_mlp:
@@ -1735,15 +1746,20 @@ def unused_options(config: Config) -> list[str]:
     if not memory_attends:
         attention_layers -= set(layers_with_memory(config))
     windows = [config.window_of(layer) for layer in attention_layers]
-    has_no_mlp = config.memory == "mosaic" or (config.memory == "mosaic2" and not config.mosaic2_mlp)
+    # Mosaic's learned pairs have neither a bias nor an activation, and mosaic2's MLP has its own activation (SwiGLU). How
+    # many weights either second half has depends on n_kv_head.
+    is_mosaic = config.memory in ("mosaic", "mosaic2")
+    has_pairs = config.memory == "mosaic" or (config.memory == "mosaic2" and not config.mosaic2_mlp)
+    reads_kv_heads = attends or is_mosaic or config.value_embeds
     is_unused = {
         "window": not attends or (config.memory == "knn" and in_every_layer),
         "short_window": config.memory != "knn" and not any(windows),
-        "n_kv_head": not attends and config.n_kv_head != config.n_head,     # 0 was replaced by n_head
+        "n_kv_head": not reads_kv_heads and config.n_kv_head != config.n_head,      # 0 was replaced by n_head
         "pos": not attends,
         "qk_norm": not attends,
         "rope_theta": config.memory != "ttt" and not (attends and config.pos == "rope"),
-        "activation": has_no_mlp and in_every_layer,
+        "activation": is_mosaic and in_every_layer,
+        "bias": has_pairs and in_every_layer and config.norm == "rms",
         "rmt_bptt": config.memory == "rmt" and config.rmt_tokens == 0,
         "mosaic2_short": config.memory == "mosaic2" and not config.mosaic2_long,
     }

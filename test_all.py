@@ -1011,8 +1011,11 @@ def test_settings_of_memories():
                            (Config(memory="deltanet", memory_layers="1", n_kv_head=1, short_window=8), []),
                            (Config(window="L", short_window=8), ["short_window"]), (Config(memory="knn", window="L", short_window=8), ["window"]),
                            (Config(memory="mosaic", memory_layers="1", activation="gelu"), []),
-                           (Config(memory="mosaic", activation="gelu"), ["activation"]), (Config(memory="mosaic2", activation="gelu"), []),
-                           (Config(memory="mosaic2", mosaic2_mlp=False, activation="gelu"), ["activation"]),
+                           (Config(memory="mosaic", activation="gelu"), ["activation"]), (Config(memory="mosaic2", activation="gelu"), ["activation"]),
+                           (Config(memory="mosaic", bias=True), ["bias"]), (Config(memory="mosaic", bias=True, norm="layer"), []),
+                           (Config(memory="mosaic", bias=True, memory_layers="1"), []), (Config(memory="mosaic2", bias=True), []),
+                           (Config(memory="mosaic2", mosaic2_mlp=False, bias=True), ["bias"]),
+                           (Config(memory="mosaic", n_kv_head=1), []), (Config(memory="ttt", n_kv_head=1, value_embeds=True), []),
                            (Config(memory="mosaic2", mosaic2_long=False, mosaic2_short=8), ["mosaic2_short"]),
                            (Config(memory="rmt", rmt_tokens=0, rmt_bptt=2), ["rmt_bptt"]), (Config(memory="rmt", rmt_bptt=2), [])):
         assert model.unused_options(config) == unused
@@ -1539,9 +1542,9 @@ def test_the_cache_is_used_and_made_again_where_it_is_damaged_old_or_half_made()
                                 ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
             target, = (path / "cache").glob(pattern)
             target.write_bytes(damage(target.read_bytes()))
-            with contextlib.redirect_stdout(io.StringIO()) as out:
+            with contextlib.redirect_stderr(io.StringIO()) as told:
                 again = load_text(path, "bpe:280")
-            assert again.sha256 == first.sha256 and "made again" in out.getvalue(), pattern
+            assert again.sha256 == first.sha256 and "made again" in told.getvalue(), pattern
             check_rows(again, "train", 100)
         before = load_text(path)
         put(path / "text", f3_txt="changed " * 20)
@@ -2426,7 +2429,13 @@ def test_eval_learned_positions_are_a_limit():
         assert cells[0]["limit"] == "needle does not fit" and "limit" not in cells[1] and "learned positions" in cells[2]["limit"]
         speed = measured("learned", "speed", "--context=128")["models"]["floor"]
         assert speed["reached"] == L and "learned positions" in speed["limit"] and speed["points"][0]["context"] == L
-        assert len(measured("learned", "generate", "--prompt=abc", "--new_tokens=500")["texts"][0]["text"]) <= L
+        generate = "generate", "--prompt=abc", "--new_tokens=100"
+        assert len(measured("learned", *generate)["texts"][0]["text"]) <= L
+        # mosaic has no positions, whatever --pos says, so that nothing ends its text
+        trained("unplaced", "--memory=mosaic", "--pos=learned")
+        with mock.patch.object(GPT, "generate", autospec=True, side_effect=GPT.generate) as asked:
+            measured("unplaced", *generate)
+        assert asked.call_args.args[2] == 100
 
 
 def test_eval_out_of_memory_is_a_limit():
@@ -2749,6 +2758,8 @@ def test_eval_attention_files():
         assert all(abs(a - math.exp(-10 * abs(b))) < 1e-6 for a, b in zip(r["layers"][1]["decay"], leak.tolist()))
         trained("hybrid", "--memory=mosaic", "--memory_layers=0")
         assert [f["decay"] is None for f in measured("hybrid", "attention", "--sequences=2")["layers"]] == [False, True] * 2
+        trained("one", "--memory=mosaic2", "--mosaic2_long=false")
+        assert [f["layer"] for f in measured("one", "attention", "--sequences=2")["layers"]] == ["0", "1"] * 2
         assert measured("deltanet", "attention")["layers"] == []
         assert "no layer" in call(measuring.main, "out/ttt", "--task=attention")[1]
         # where no validation row is that long, the lengths before it are kept

@@ -30,9 +30,10 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     how many tokens back stands what an answer closes, copies or looks up. In brackets and copy this is
-                 counted from where the answer will stand, in the other tasks from where it is asked for. In parity,
-                 s3 and s5 it is the distance to the first token
+    distance     how many tokens back stands what an answer needs
+                 brackets, copy: what it closes or copies, counted from where the answer will stand
+                 repeat, recall, capacity, mqar: what it looks up, counted from where it is asked for
+                 parity, s3, s5: the first token, counted from where it is asked for
     variant      the runs that differ in nothing but their seed
     TVD          total variation distance between two distributions, half their L1 distance
     IID, OOD     fresh strings of training automata; strings of automata that were never trained on
@@ -111,7 +112,7 @@ class Toy(FitConfig):
 
     @property
     def title(self) -> str:
-        """What tables and figures call it."""
+        """What tables and figures call it. Moons, which has no `model`, has a title of its own."""
         return self.model
 
     def identity(self) -> dict:
@@ -292,6 +293,7 @@ for memory in MEMORIES:
     if memory != "none":
         LENGTH_MODELS |= models
         REGBENCH_MODELS |= models
+# persistent attends as `window` says, and would see everything otherwise; rmt's segments bound what it sees anyway
 LENGTH_MODELS["persistent"] = dict(memory="persistent", window="S")
 
 
@@ -465,7 +467,7 @@ def same_ratios(periods) -> bool:
 @lru_cache
 def short_systems() -> list[tuple]:
     """Triples of whole periods for one head. It can predict nothing before their lcm, so only systems whose lcm fits
-    twice into T = 256 teach it anything."""
+    twice into the default T, 256, are drawn (whatever --T is)."""
     found = []
     for lcm in range(40, 127):
         divisors = [d for d in range(4, lcm) if lcm % d == 0]
@@ -847,8 +849,8 @@ TASKS = {
 
 
 def length_batch(task: str, rows: int, T: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y, distance (rows,T) int64, a function of the arguments alone. Batch (0, 0) is for tests: a training batch has
-    the run's seed, and its number is at least 1."""
+    """x, y, distance (rows,T) int64, a function of the arguments alone. Seed 0 and number 0 are those of the test set; a
+    training batch has the run's seed, and its number is at least 1."""
     rng = random.Random(repr((task, T, seed, number)))
     sequences = [TASKS[task].draw(rng, T) for _ in range(rows)]
     x, y, distance = zip(*sequences)
@@ -1174,9 +1176,10 @@ def total(scores: list[dict]) -> dict:
 def ngram(x: Tensor, n: int) -> Tensor:
     """x (T,) -> (T,20): how often each symbol followed the last n - 1 tokens earlier in this sequence, as shares.
 
-    Where none did, the last n - 2 tokens are looked up, and so on. Before any symbol was seen, and for n = 0, all
-    symbols are as likely. A context does not reach past a string's start, which counts as a token. Of equally likely
-    symbols argmax then takes the lowest.
+    Where none did, the last n - 2 tokens are looked up, and so on. With n = 3, after the separator and 3 7, it is looked
+    up what followed 3 7, then what followed 7, then how often each symbol came at all. Before any symbol was seen, and
+    for n = 0, all symbols are as likely; argmax then takes the lowest. A context begins at the separator at the latest,
+    so that after the separator and 3 it is the separator and 3.
     """
     uniform = np.arange(TOKENS) < SYMBOLS
     probs = np.zeros((len(x), TOKENS), dtype=np.float32)
@@ -1230,6 +1233,7 @@ def regbench_job(cfg: RegBench) -> dict:
     """
     # One draw for all three, so that no language is in two of them. The test automata are drawn first: they are the
     # same for every number of training automata.
+    # The numbers of the Instances are the seeds of their strings.
     n = cfg.test_automata
     ood, valid, train = draw_automata(0, [n, n, cfg.automata])
     known = [train[i % len(train)] for i in range(n)]

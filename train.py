@@ -5,9 +5,10 @@
     python train.py --memory=none,rmt,mosaic --seed=1,2              commas make a grid; finished runs are skipped
     torchrun --nproc_per_node=8 train.py --preset=d12                several GPUs, or several nodes with --nnodes
 
-A run writes out/<run>/: result.json (last, so that it marks a finished run), log.jsonl (one line a step), ckpt.pt and
-the checkpoint before it, loss.png. The same command continues an interrupted run, bit for bit on a CPU: the batch and
-the dropout of a step depend on (seed, step, rank) alone, and the log is cut back to the checkpoint.
+A run writes out/<run>/: log.jsonl (one line a step), ckpt.pt and the checkpoint before it, result.json (once all is
+measured: it marks a finished run), and then loss.png. The same command continues an interrupted run, bit for bit on a
+CPU: given the settings, the batch and the dropout of a step depend on (seed, step, rank) alone, and the log is cut back
+to the checkpoint.
 
 Glossary
     step               one update of the weights by batch_size rows (those of all ranks) of max_seq_len tokens
@@ -70,7 +71,8 @@ from data import UserError, did_you_mean, disk, replacing
 from model import GPT, PRESETS, Config, check_options, option, state_bytes, unused_options
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings. In this file cfg is a FitConfig or a RunConfig, and config is a model.Config.
+# Settings. In this file cfg is a FitConfig or a RunConfig, and config is a model.Config; in checkpoints and result.json
+# "config" holds the fields of cfg.
 
 BETA1 = 0.9      # AdamW's decay of the mean gradient
 MOMENTUM = 0.95  # Muon's, in Nesterov's form
@@ -114,7 +116,8 @@ class RunConfig(Config, FitConfig):
     preset: str = option("laptop", "the settings that flags then change", "run", choices=tuple(PRESETS))
     dataset: str = option("python", "python, python-docs, fineweb-edu, tinystories, simplewiki, shakespeare, or a file "
                           "or folder", "data")
-    tokenizer: str = option("byte", "byte, gpt2, or bpe:N (N tokens, trained on the corpus)", "data")
+    tokenizer: str = option("byte", "byte, gpt2, bpe:N (N tokens, trained on the corpus), or "
+                           "bpe:N@CORPUS (on another one)", "data")
     data_sha256: str = option("", "of the token stream; filled in, or given to insist on exactly this data", "data")
     eval_tokens: int = option(131072, "validation tokens in an evaluation; 0 = all", "data", low=0)
     eval_every: int = option(100, "steps between evaluations (always one at the end); 0 = only at the end", "run",
@@ -191,18 +194,18 @@ class Stopped(Exception):
 
 
 class Diverged(UserError):
-    """The loss or the gradient is no longer a number."""
+    """The loss, the gradient or a weight is no longer a number."""
 
 
 def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None, describe=None) -> list[dict]:
     """Trains model for cfg.steps steps; returns one record a step, which are the lines of log.jsonl.
 
     model(*batch) is a scalar loss. batch_fn(step) is this rank's batch, a tuple of tensors with the rows first, and
-    depends on step alone. cfg is a FitConfig. With `out`, cfg is a RunConfig: checkpoints and the log go to that folder
-    and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
+    depends on step alone. cfg is a FitConfig; with `out` or `evaluate` it is a RunConfig. With `out`, checkpoints and
+    the log go to that folder and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
     and at the end. describe(record, batch) returns more numbers for every record.
 
-    Raises Diverged when loss or gradient is not finite. With `out` it raises Stopped after SIGINT or SIGTERM, also if
+    Raises Diverged when loss, gradient or a weight is not finite. With `out` it raises Stopped after SIGINT or SIGTERM, also if
     the signal comes in the last step.
     """
     device = pick_device(cfg)
@@ -232,7 +235,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             norm = norm.item()
             step += 1
             check_finite(step, loss, norm, out, saved)
-            # The loss is that of the weights before the update. What is kept must be sound after it, too.
+            # The loss is that of the weights before the update. A checkpoint holds those after it, so they are checked, too.
             keeps = step == cfg.steps or (out is not None and (stop or is_due(step, cfg.steps, cfg.save_every)))
             if keeps:
                 check_weights(step, model, out, saved)
@@ -259,6 +262,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
                 # No later step would notice a signal that came during the last evaluation or save.
                 stop = all_reduce([bool(caught)], device).item()
             if stop:
+                # where another rank caught it, its number is not known here
                 number = signal.Signals(caught[0] if caught else signal.SIGTERM)
                 raise Stopped(number, f"stopped by {number.name} after step {step}; the checkpoint is in {out}")
     return history
@@ -976,7 +980,8 @@ def parse_value(kind: type, name: str, text: str):
 
 
 def sweep_points(kind: type, flags: dict[str, str]) -> list[dict]:
-    """Commas in a value make a sweep: the settings of every point of the grid, in the order given, seeds innermost."""
+    """Commas in a value make a sweep: the settings of every point of the grid, in the order given, seeds innermost. So no
+    value can hold a comma."""
     names = sorted(flags, key=lambda name: name == "seed")
     values = [[parse_value(kind, name, text) for text in flags[name].split(",")] for name in names]
     return [dict(zip(names, point)) for point in itertools.product(*values)]
@@ -1028,7 +1033,7 @@ def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[
     stop the others. With several workers that many run side by side, one thread each, every one in a process of its
     own.
     """
-    # A run counts as finished when its result.json is there: it is the last file that a run writes.
+    # A run counts as finished when its result.json is there: it is written when everything has been measured.
     results = {}
     todo = []
     for cfg in configs:
@@ -1150,10 +1155,10 @@ def run_one(cfg, job) -> dict:
     torch.manual_seed(cfg.seed)
 
     with alone_in(cfg.folder):
-        return measured(cfg, job, device)
+        return run_and_record(cfg, job, device)
 
 
-def measured(cfg, job, device) -> dict:
+def run_and_record(cfg, job, device) -> dict:
     """job(cfg), and what result.json says besides -> what result.json holds."""
     start = time.perf_counter()
     cpu_start = time.process_time()
@@ -1202,7 +1207,8 @@ def save(path: Path, content: bytes) -> None:
 
 @lru_cache(maxsize=2)
 def load_corpus(dataset: str, tokenizer: str):
-    """Read once in a sweep. Of a node's processes the first prepares it and shows how far it is; the others wait."""
+    """The Corpus; a sweep loads it once. Of a node's processes the first prepares the data and shows how far it is, and
+    the others wait."""
     first = local_rank() == 0
     if not first:
         dist.barrier()
@@ -1254,8 +1260,8 @@ def train(cfg: RunConfig) -> dict:
         return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"])
 
     def describe(record, batch):
-        # About the bits per byte of this batch (the loss is a mean over all targets, also those without bytes; the
-        # bytes are those of this rank), and how busy the GPU was.
+        # The bits per byte of this batch are approximate: the loss also counts the targets without bytes, and the bytes
+        # are those of this rank alone. mfu says how busy the GPU was.
         _, y = batch
         size = corpus.token_bytes[y].sum().item()
         more = dict(bpb=bits_per_byte(record["loss"] * y.numel(), max(1, size)))
@@ -1412,8 +1418,8 @@ def main(argv: list[str] | None = None) -> int:
         say("\ninterrupted; the same command goes on from what was saved")
         return 128 + signal.SIGINT
     except UserError as e:
-        # Usually every rank fails alike: wait, so that rank 0 prints and torchrun ends this process. If it has not,
-        # the error is this rank's own.
+        # Usually all ranks fail alike. Then rank 0 prints, and torchrun ends the others while they sleep. A rank that
+        # wakes up has an error of its own, and prints it.
         if rank() > 0:
             time.sleep(10)
         print(f"error: {e}", file=sys.stderr)
