@@ -20,10 +20,12 @@ Glossary
                  only from layer to layer does text pass on, a window at a time.
     local        no memory. Attention sees a short window in most layers (the pattern SSSL).
     global       no memory. Attention sees all of the past in every layer (the pattern L). It is the ceiling.
-    windowed     the baseline from below: floor, or local in a study without a floor.
+    windowed     the baseline that a memory has to improve on: floor, or local in a study without a floor.
     bpb          bits per byte of validation text. Less is better.
-    mBPB         0.001 bpb, the unit of every difference. A negative one is better than the baseline.
-    D(p)         positional deficit: bpb of windowed minus bpb of global at position p. It is what the window costs there.
+    mBPB         0.001 bpb, the unit of differences, gains and deficits. A difference is condition minus baseline, so
+                 that a negative one is an improvement.
+    D(p)         positional deficit: bpb of windowed minus bpb of global at position p. It is what the window costs
+                 there.
     G(p)         gain of a memory: bpb of windowed minus bpb of the memory at position p.
     closure      gain/deficit, over all positions or some: the share of the deficit that the memory wins back.
     seed pair    two runs with the same seed. They see the same batches in the same order, so that much of the noise
@@ -70,7 +72,7 @@ COSTS = {
     "state_bytes": "state (bytes)",
 }
 
-# These say where and how a run was executed, not what was trained. They may differ inside a cell.
+# These say where and how a run was executed. They may differ inside a cell.
 EXECUTION = {"seed", "name", "out_dir", "device", "device_batch_size", "compile", "sample_tokens", "seeds", "jobs"}
 # A setting that begins with the name of one of these memories is read by that memory alone; see `owner`. One exception:
 # mosaic2 reads mosaic_slots when mosaic2_mlp is off, so `relevant` counts mosaic's settings as mosaic2's too.
@@ -87,7 +89,7 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Names, looks, tables and pictures. train.py, eval.py and toys.py call these too.
 
-WINDOWED = ("floor", "local")  # the baseline from below, by preference
+WINDOWED = ("floor", "local")  # the baseline that a memory has to improve on, by preference
 # The usual pattern of attention layers (S: short window, L: all of the past). Names leave it out.
 USUAL_WINDOW = "SSSL"
 # These memories replace a layer's attention or have their own window, so they don't follow the pattern.
@@ -118,7 +120,8 @@ CONDITIONS = {
     "floor": "no memory; attention sees a short window in every layer",
     "local": "no memory; attention sees a short window in most layers, and all of the past in the others",
     "global": "no memory; attention sees all of the past in every layer: the ceiling",
-    "window": "no memory; the letters say, layer by layer, whether attention sees a short window (S) or all of the past (L)",
+    "window": "no memory; the letters say, layer by layer, whether attention sees a short window (S) or all of the "
+              "past (L)",
     "persistent": "attention that also sees learned key/value slots, the same ones in every sequence",
     "rmt": "reads in segments; memory tokens, read before each and written after it, carry the past on",
     "rmt-0": "the segments of rmt with 0 memory tokens: the baseline that shows what rmt's memory is worth",
@@ -130,14 +133,34 @@ CONDITIONS = {
 }
 
 
+def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
+    """The layers that memory_layers names: "all", "middle" or "1+3". ValueError if it is none of these."""
+    text = settings.get("memory_layers", "all")
+    if text == "all":
+        return set(range(n_layer))
+    if text == "middle":
+        return {n_layer // 2}
+    return {int(layer) for layer in text.split("+")}
+
+
 def shortest_pattern(settings: dict) -> str:
-    """The window pattern as the layers see it: S or L where all of them are alike (LL, or SSSL in three layers)."""
+    """The shortest window pattern that makes the same attention layers: L for LL, S for SSSL in three layers, or
+    in four whose last one is a memory's."""
     window = settings.get("window", USUAL_WINDOW)
-    layers = settings.get("n_layer")
-    if not isinstance(layers, int):     # memory-bench's files don't name it
-        layers = len(window)
-    letters = set((window * layers)[:layers])
-    return window[0] if len(letters) == 1 else window
+    n_layer = settings.get("n_layer")
+    if not isinstance(n_layer, int):     # memory-bench's files don't name it
+        n_layer = len(window)
+    attending = set(range(n_layer))
+    if settings.get("memory") in NO_PATTERN:
+        attending -= layers_with_memory(settings, n_layer)
+    if not attending:
+        return window
+
+    # the pattern is repeated over the layers
+    for length in range(1, len(window)):
+        if all(window[layer % length] == window[layer % len(window)] for layer in attending):
+            return window[:length]
+    return window
 
 
 def attention_name(window: str) -> str:
@@ -251,16 +274,16 @@ def picture(figure) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that stands under its name whole or not at all. (data.replacing also waits for the disk, but data.py
-    imports torch.)"""
+    """Writes a file that stands under its name whole or not at all. (data.replacing also waits for the disk, but
+    data.py imports torch.)"""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
 def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
-    """Sets the texts of tokens as a terminal with so many columns does -> line, column, character and index of the token,
-    for each character."""
+    """Sets the texts of tokens as a terminal with so many columns does -> line, column, character and index of the
+    token, for each character."""
     glyphs = []
     line = 0
     column = 0
@@ -277,7 +300,8 @@ def lay_out(texts: list[str], columns: int) -> list[tuple[int, int, str, int]]:
 def figure_passages(passages: list[tuple[str, dict]], columns: int = 100):
     """Passages one below the other, each token coloured by the bits that the carried state saved there.
 
-    A passage is a run's label and what `eval.py --task=carry` stores: texts and bits of the tokens, the window in tokens.
+    A passage is a run's label and what `eval.py --task=carry` stores: texts and bits of the tokens, the window in
+    tokens.
     """
     layouts = [lay_out(passage["texts"], columns) for _, passage in passages]
     lines = [glyphs[-1][0] + 1 for glyphs in layouts]
@@ -553,9 +577,9 @@ def read_settings(content: dict) -> dict:
 
     if settings["memory"] == "baseline":
         settings["memory"] = "none"
+    settings["memory_layers"] = str(settings.get("memory_layers", "all"))
     settings["window"] = str(settings.get("window") or USUAL_WINDOW)
     settings["window"] = shortest_pattern(settings)
-    settings["memory_layers"] = str(settings.get("memory_layers", "all"))
     return settings
 
 
@@ -878,7 +902,7 @@ def paired(a: dict, b: dict) -> Paired:
 
 
 def detectable(diffs) -> float:
-    """The smallest true difference that these seeds could have shown: with power 0.8, that is in four of five repetitions.
+    """The smallest true difference that these seeds could have shown with power 0.8 (in four of five repetitions).
 
     Of differences that scatter with standard deviation s around a true difference δ, the statistic of
     the paired t test follows the noncentral t distribution, shifted by δ√n/s. The shift is sought at
@@ -950,8 +974,9 @@ def noise_correlations(G, D) -> list[float]:
     """What r(G, D) is where there is nothing but noise: one r for each choice of signs (at most 512).
 
     A seed's deviation from the mean over seeds is noise. The deviations are summed with signs, as in
-    `sign_flip`, and the sums of G and of D are correlated. With equal signs the sum is 0, so that
-    choice is left out. The opposite of all signs gives the same r, so the first sign is always +.
+    `sign_flip`, and the sums of G and of D are correlated. With equal signs the sum is 0, as deviations
+    from a mean sum to 0, so that choice is left out. The opposite of all signs gives the same r, so the
+    first sign is always +.
     """
     noise_G = G - G.mean(0)
     noise_D = D - D.mean(0)
@@ -1115,12 +1140,10 @@ def comparisons(cells) -> list[Comparison]:
 def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
     """For a memory in some layers of a windowed model: the cell that has full attention in the same layers."""
     config = cell.one.config
-    layers = config.get("memory_layers", "all")
-    if layers == "middle":
-        layers = str(config["n_layer"] // 2)
-    if cell.one.memory == "none" or cell.one.window != "S" or not re.fullmatch(r"\d+(\+\d+)*", layers):
+    in_all = config.get("memory_layers", "all") == "all"
+    if cell.one.memory == "none" or cell.one.window != "S" or in_all:
         return None
-    chosen = set(map(int, layers.split("+")))
+    chosen = layers_with_memory(config, config["n_layer"])
     letters = "".join("L" if layer in chosen else "S" for layer in range(config["n_layer"]))
     candidates = []
     for other in cells:
@@ -1190,7 +1213,7 @@ def stacked_curves(cell: Cell, seeds: list) -> np.ndarray:
 
 
 def between_baselines(cells) -> Iterator[tuple[Cell, Cell, Cell, list]]:
-    """Every condition that has both baselines and is neither: windowed, the condition, global, the seeds of all three."""
+    """Every condition that has both baselines and is neither: windowed, the condition, global, the seeds of all."""
     for c in cells:
         windowed = baseline(c, cells, *WINDOWED)
         ceiling = baseline(c, cells, "global")
@@ -1266,7 +1289,9 @@ def closure_text(G, D) -> str:
     if isinstance(share, str):
         return share
     ratio, lo, hi = share
-    return f"{100 * ratio:.0f}% [{100 * lo:.0f}, {100 * hi:.0f}]"
+    # a share that rounds to 0 has no sign
+    ratio, lo, hi = [round(100 * x) for x in (ratio, lo, hi)]
+    return f"{ratio}% [{lo}, {hi}]"
 
 
 def won_back_table(cells) -> str:
@@ -1274,7 +1299,8 @@ def won_back_table(cells) -> str:
     curves = {id(found.cell): found for found in position_curves(cells)}
     rows = []
     for c, windowed, ceiling, gain, deficit in won_back(cells):
-        row = [c.T, c.label, len(gain.seeds), interval(gain.mean, gain.lo, gain.hi), closure_text(gain.diffs, deficit.diffs)]
+        gain_text = interval(gain.mean, gain.lo, gain.hi)
+        row = [c.T, c.label, len(gain.seeds), gain_text, closure_text(gain.diffs, deficit.diffs)]
         # a band begins at 0, T/8, T/4 and T/2; a bucket belongs to the band that it begins in
         begins = [0, c.T / 8, c.T / 4, c.T / 2, c.T]
         for begin, end in itertools.pairwise(begins):
@@ -1318,15 +1344,32 @@ def length_table(cells) -> str:
 
 
 def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
-    """(T, label without its budget) -> what it wins back after each number of training tokens, the fewest first. What
-    was trained for one number alone is left out."""
+    """(T, label without its budget) -> what it wins back after each number of training tokens, the fewest first, over
+    the seeds that all these numbers have. What was trained for one number alone is left out."""
     found = {}
     for won in won_back(cells):
         if won.cell.costs("train_tokens"):
             words = won.cell.label.split(" ")
             label = " ".join(word for word in words if not word.startswith(("steps=", "train_tokens=")))
             found.setdefault((won.cell.T, label), {})[training_tokens(won)] = won
-    return {key: [budgets[tokens] for tokens in sorted(budgets)] for key, budgets in found.items() if len(budgets) > 1}
+
+    # other seeds at one end than at the other would look like an effect of the budget
+    several = {}
+    for key, budgets in found.items():
+        shared = set.intersection(*(set(won.gain.seeds) for won in budgets.values()))
+        if len(budgets) > 1 and shared:
+            several[key] = [over_seeds(budgets[tokens], shared) for tokens in sorted(budgets)]
+    return several
+
+
+def over_seeds(won: WonBack, seeds: set) -> WonBack:
+    """What is won back, over some of the seeds."""
+    parts = []
+    for pairs in (won.gain, won.deficit):
+        diffs = {seed: diff for seed, diff in zip(pairs.seeds, pairs.diffs) if seed in seeds}
+        parts.append(paired(diffs, dict.fromkeys(diffs, 0.0)))
+    gain, deficit = parts
+    return won._replace(gain=gain, deficit=deficit)
 
 
 def training_tokens(won: WonBack) -> float:
@@ -1428,6 +1471,9 @@ def matched_rows(cells, cost: str) -> list[list]:
     for c in logged:
         values = {seed: at_budget(run, cost, budget) for seed, run in c.runs.items()}
         there[c.label] = {seed: bpb for seed, bpb in values.items() if not math.isnan(bpb)}
+    # without evaluations during training nothing can be compared but what ended at this budget
+    if sum(bool(values) for values in there.values()) < 2:
+        return []
 
     # differences from the windowed baseline, or from global where that has no log
     cost_name = "FLOPs" if cost == "flops" else cost
@@ -1760,9 +1806,9 @@ Mean bpb ± standard deviation over seeds at each training length, what the wind
 share of it that each condition wins back.
 """
 BUDGETS = """
-Does the gap close with more training? Each number of training tokens has its own baselines. The closure
-of means needs no interval, so that it is there for two seeds too. (Runs of several budgets need
---by=steps.)
+Does the gap close with more training? Each number of training tokens has its own baselines, and all
+numbers of a condition rest on the same seeds. The closure of means needs no interval, so that it is there
+for one or two seeds too. (Runs of several budgets need --by=steps.)
 """
 FRONTIER = """
 These are the conditions that no other beats, by being nowhere worse and somewhere better. Means are

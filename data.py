@@ -37,7 +37,7 @@ Glossary
     piece           an <|endoftext|>, and behind it a document's text or a stretch of it; a row or less
     row             seq_len + 1 tokens: whole pieces without padding; x = row[:-1] and y = row[1:]
     length          of a text, in tokens, without <|endoftext|>
-    size            of a piece, in tokens, with its <|endoftext|>; of anything else, in bytes
+    size            of a piece: tokens, with its <|endoftext|>; of files and texts: bytes
     plan            which pieces make up which row; it depends on the tokens and seq_len only
     epoch           every row of the plan once, in an order that is drawn from (seed, epoch)
 
@@ -853,9 +853,12 @@ def trained_tokens(n: int, text: Text, cache: Path, quiet: bool = False) -> list
     """The tokens of bpe:N without <|endoftext|>, from the cache or trained now. The file has tiktoken's format."""
     path = cache_path(cache, text.name, f"-{text.fingerprint[:16]}-bpe{n}.tiktoken")
     if path.exists():
-        # each line is a token in base64, and its id
-        with open(path, "rb") as file:
-            tokens = [base64.b64decode(line.split()[0]) for line in file]
+        # each line is a token in base64, and its id; damage shows in a line or in their number
+        try:
+            with open(path, "rb") as file:
+                tokens = [base64.b64decode(line.split()[0]) for line in file]
+        except (ValueError, IndexError):
+            tokens = []
         if len(tokens) == n - 1:
             return tokens
         print(f"note: {path} is damaged and is made again", file=sys.stderr)
@@ -1359,7 +1362,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="data.py", allow_abbrev=False, description="Prepares a corpus and prints what it holds.")
     parser.add_argument("--dataset", default="python", help=f"{', '.join(CORPORA)}, or a path (default: python)")
     parser.add_argument("--tokenizer", default="byte", help="gpt2, byte, bpe:N or bpe:N@CORPUS (default: byte)")
-    parser.add_argument("--cache", default="out/data", help="folder for downloads and tokens (default: out/data)")
+    parser.add_argument("--cache", default="out/data",
+                        help="folder for downloads and tokens (default: out/data, where train.py looks)")
     # a mistake in the flags or in the data ends in one line
     try:
         args, unknown = parser.parse_known_args(argv)

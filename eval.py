@@ -38,9 +38,10 @@ Glossary
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more
                     learned positions
-    band            targets grouped by a distance: 1 to 15, 16 to 31, 32 to 63, ... tokens. In `copy` it is
-                    the distance to what a look-up finds, in `carry` to where the state was thrown
-                    away. Like buckets the bands recombine to the total.
+    band            targets grouped by a distance in tokens; the bands double. In `copy` it is the distance
+                    to what a look-up finds (with a window of 16: 1 to 15, 16 to 31, 32 to 63, ...), in `carry`
+                    to where the state was thrown away (0, 1, 2 to 3, 4 to 7, ...). Like buckets the bands
+                    recombine to the total.
     margin          log p(key) - log p(wrong key) in nats
 
 Reading order
@@ -91,8 +92,8 @@ class Options:
     task: str = option("all", "which ones, with commas, or all", "every task")
     device: str = option("auto", "auto = cuda where there is one", "every task",
                          choices=("auto", "cpu", "cuda"))
-    seed: int = option(1, "of keys, sampling and untrained weights", "niah, generate, speed",
-                       low=0, high=2**63 - 1)
+    seed: int = option(1, "of keys, of sampling (at a temperature above 0) and of untrained weights",
+                       "niah, generate, speed", low=0, high=2**63 - 1)
     tokens: int = option(0, "validation tokens; 0 = as many as in training",
                          "bpb, position, ood, copy, carry", low=0)
     bucket: int = option(64, "positions taken together (ood: a quarter of it)",
@@ -368,8 +369,8 @@ UNREAD = -1.0  # in place of nats, which are never negative
 
 def row_nats(run: Run, limits: list[str], x: Tensor, y: Tensor) -> Tensor:
     """Nats of each target y (rows,T), float64 on the CPU. From where the rows cannot be read on, the
-    nats are UNREAD and the reason is appended to `limits`. Raises an error of memory as long as
-    there are several rows: fewer may fit."""
+    nats are UNREAD and the reason is appended to `limits`. But where memory runs out with several
+    rows, the error is raised: fewer rows may fit."""
     nats = torch.full(y.shape, UNREAD, dtype=torch.float64)
     try:
         for start, logits, _ in read(run, x):
@@ -806,9 +807,9 @@ PASSAGE = 256  # tokens in the picture
 
 
 def measure_carry(run: Run, corpus, tokens: int) -> dict:
-    """What it costs to throw the state away every 16, 32, ... tokens. What is stored of such a cut, nats
-    and bits per byte, is the difference to reading on: with the cut minus without. Its bands tell how many tokens were read since
-    the cut; the first band holds the beginnings of rows, before any cut."""
+    """What it costs to throw the state away every 16, 32, ... tokens. The nats and bits per byte that are
+    stored of such a cut are differences: the loss with the cut minus the loss without. Its bands tell how
+    many tokens were read since the cut; the first band holds the beginnings of rows, before any cut."""
     T = run.cfg.max_seq_len
     x, y, sha256 = validation_rows(run, corpus, tokens)
     size = corpus.token_bytes[y]
@@ -1455,7 +1456,7 @@ def task_speed(runs: list[Run], opts: Options) -> None:
     for run in runs:
         models = {}
         for memory in [None, *opts.other_memories()]:  # None: the run itself
-            if memory == run.cfg.memory:
+            if memory == run.cfg.memory and run.cfg.memory_layers == "all":
                 continue
             subject = run if memory is None else untrained(run, memory, opts)
             result = speed_of(subject, opts)

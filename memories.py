@@ -34,8 +34,8 @@ Glossary (name in the code = symbol in the paper)
                        rule alone
     state              all that is remembered of the past. It is kept in float32 at least, whatever the inputs' dtype is
     impl               which form computes: "loop", "chunk", "triton" or "auto". With "auto" CUDA tensors of a supported
-                       shape take the kernel, and all others the chunked form. leaky_average has no kernel. A single
-                       token takes the loop where there is no kernel for it; ttt_linear has no such exception
+                       shape take the kernel, and all others the chunked form. A single token takes the loop with "auto"
+                       in gated_delta_rule, and with any impl in leaky_average (which has no kernel)
 
 Every function continues from a state exactly: f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
 
@@ -129,8 +129,8 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
     Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
     Raises ValueError for an impl other than auto, loop and chunk.
 
-    There is no Triton kernel: the chunked form reads x and writes y once, which is nearly all that a
-    kernel would have to move. It never builds a T×T matrix.
+    There is no Triton kernel: the chunked form moves x and y a few times and never builds a T×T matrix, so
+    that a kernel could save little.
     Official implementation: github.com/facebookresearch/MemoryMosaics.
     """
     check_impl("leaky_average", impl, ("auto", "loop", "chunk"))
@@ -709,7 +709,7 @@ def _delta_prep(q, k, log_alpha, beta, log_gamma, inverse, P, T, scale, H: tl.co
 
 @kernel
 def _delta_chunk_of(q, k, beta, log_gamma, inverse, P, i_n, T, H: tl.constexpr, DK: tl.constexpr):
-    """What both walks load of chunk i_n of their head: q, k (32, DK), the inverse and P (32, 32), β, log γ (32,), log γ_C."""
+    """What both walks load of chunk i_n of their head: q, k (32, DK), inverse, P (32, 32), β, log γ (32,), log γ_C."""
     o_c = tl.arange(0, 32)
     o_t = i_n * 32 + o_c
     m_t = o_t < T
@@ -850,10 +850,11 @@ def _delta_grads(q, k, log_alpha, beta, do, error, dv, S_chunk, dS_chunk, dq, dk
         dk_write = β x,  x = γ_C/γ E dSᵀ + dPᵀ Q - dLᵀ K        dβ_i = k_i·x_i
 
     γ enters in four places only: γ_i multiplies q_i, and k_i where it reads; 1/γ_j multiplies k_j where
-    it writes; and γ_C multiplies S', the state at the chunk's end. A factor's gradient follows from that
-    of what it multiplies. So d(log α_i) is the sum, from i to the chunk's last token C, of
+    it writes; and γ_C multiplies what the chunk adds up to, its end state S'. A factor's gradient follows from that
+    of what it multiplies; C is the chunk's last token:
 
-        d(log γ_i) = q_i·dq_i + k_i·dk_read_i - k_i·dk_write_i + (for i = C) ⟨S', dS⟩
+        d(log γ_j) = q_j·dq_j + k_j·dk_read_j - k_j·dk_write_j + (for j = C) ⟨S', dS⟩
+        d(log α_i) = Σ_{j = i … C} d(log γ_j)
 
     There is one program for each chunk of 64 tokens of each head. E and dV are the same however long
     chunks are, so that these may be longer than the walk's. In registers are dP and dL, and BK rows at a time of
@@ -1044,8 +1045,8 @@ def _ttt_forward(k, v, lr, token_scale, W_start, b_start, ln_weight, ln_bias, lr
     There is one program for a head; it walks the mini-batches. In registers are W (D, D) and b in
     float32. It reads k, v and η, and writes G, and W and b at the start of every 64 tokens; for the
     backward pass also ẑ and 1/σ. A step of W is taken late, at the start of the next iteration, so
-    that K W is the last product of the loop. The reason is that the compiler divides all products of a
-    loop among the warps as it divides the last one, and K W can be divided by its columns. A mini-batch of more than 16
+    that K W is the last product of the loop. The reason is that the compiler lays all products of a loop
+    out among the warps like the last one, and K W can be divided by its columns. A mini-batch of more than 16
     tokens is walked in pieces of 16. W_start and b_start are those of the first mini-batch; in
     registers b_W_start and b_b_start are those of the running one, which all of its pieces use."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -1584,7 +1585,7 @@ def errors(fn, args: dict, impl: str = "triton") -> dict:
 
 
 def check(device: str) -> None:
-    """Compares every kernel with its loop: in float32, and on a GPU in bfloat16 too. The interpreter cannot do that."""
+    """Compares every kernel with its loop: in float32, and on a GPU also in bfloat16, which the interpreter lacks."""
     dtypes = [torch.float32, torch.bfloat16] if device == "cuda" else [torch.float32]
     wrong = 0
     for dtype in dtypes:

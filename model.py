@@ -5,9 +5,9 @@ Every memory layer has one signature, and so does the whole model:
     y, state = layer(x, state)                  x, y (B,T,C); state is all the layer remembers, None for "nothing yet"
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
-Whatever computes logits goes through it, in training, evaluation and generation alike. Cutting a sequence anywhere and carrying
-the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple where they differ in
-kind). It is never changed; no layer writes into its inputs.
+Whatever computes logits goes through it, in training, evaluation and generation alike. Cutting a sequence anywhere and
+carrying the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple where they
+differ in kind). It is never changed; no layer writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -65,7 +65,8 @@ def option(default, help: str, group: str = "architecture", choices: tuple = (),
     """A field of a configuration: its default, what it means, and which values it may have.
 
     `group` is the heading under which --help lists it. The fields of the group "run" change how a
-    run is executed and not what it computes. A number has to be finite and lie in [low, high]; a
+    run is executed and not what it computes (save that device_batch_size decides which numbers are drawn
+    for dropout and for mosaic2's m). A number has to be finite and lie in [low, high]; a
     value has to be one of `choices` if there are any.
     """
     return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low, high=high))
@@ -124,8 +125,9 @@ class Config:
     rmt_segment: int = option(0, "rmt: tokens a segment; 0 = max_seq_len / 4", "memory", low=0)
     rmt_bptt: int = option(8, "rmt: segment boundaries that each segment's gradient crosses backwards", "memory", low=0)
     ttt_chunk: int = option(16, "ttt: inner mini-batch K, tokens a gradient step", "memory", low=1)
-    ttt_backbone: str = option("mamba", "ttt: what stands around the inner model: mamba (as published: convolutions and "
-                               "an output gate) or transformer (neither)", "memory", choices=("mamba", "transformer"))
+    ttt_backbone: str = option("mamba", "ttt: what stands around the inner model: mamba (as published: convolutions "
+                               "and an output gate) or transformer (neither)", "memory",
+                               choices=("mamba", "transformer"))
     expand_v: int = option(1, "deltanet: value width over key width (1 near attention's size, 2 the paper's)",
                            "memory", low=1)
     delta_beta: int = option(1, "deltanet: β is from 0 to this; with 2 a write can reflect what a key holds", "memory",
@@ -133,14 +135,15 @@ class Config:
     delta_steps: int = option(1, "deltanet: keys and values that a token writes, one after the other", "memory", low=1)
     delta_erase: bool = option(True, "deltanet: look up what a key holds and replace it; false adds to it", "memory")
     knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
-    knn_topk: int = option(32, "knn: nearest keys each query retrieves", "memory", low=1)
+    knn_topk: int = option(32, "knn: nearest keys each query retrieves, at most all that are stored", "memory", low=1)
     knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
                             choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic, and mosaic2 without its MLP: persistent pairs a head; 0 = so many "
                                "that the block is as large as one of attention",
                                "memory", low=0)
-    mosaic2_short: int = option(0, "mosaic2: h, the short-term memory sees pairs t-h+1 … t-1, the long-term one those "
-                                "up to t-m, with m from h/4 to h; 0 = max_seq_len / 16", "memory", low=0)
+    mosaic2_short: int = option(0, "mosaic2: h. The short-term memory sees the last h-1 pairs, the long-term one all "
+                                "that are at least m tokens old; m is h/4, in training drawn from h/4 to h; "
+                                "0 = max_seq_len / 16", "memory", low=0)
     mosaic2_long: bool = option(True, "mosaic2: short- and long-term memory; off = one that sees all pairs", "memory")
     mosaic2_gated: bool = option(True, "mosaic2: every token chooses gate and leak; off = one leak a head", "memory")
     mosaic2_adaptive: bool = option(True, "mosaic2: the kernel narrows as pairs are added; off = it is fixed", "memory")
@@ -641,8 +644,8 @@ class KNNAttention(Attention):
         for b, head_kv in itertools.product(range(x.size(0)), range(self.Hkv)):
             store = {}                             # a pair's position -> when it was last retrieved
             for t in range(x.size(1)):
-                # Every few tokens those that are about to leave the window move in, and others make
-                # room for them.
+                # Every few tokens those that leave the window until the next such move are stored, and others
+                # make room for them.
                 if t % self.block == 0:
                     arriving = range(max(t - self.window, 0), max(t - self.window + self.block, 0))
                     while store and len(store) + len(arriving) > self.N:
@@ -675,7 +678,7 @@ class KNNAttention(Attention):
         """x (B,T,C) -> y (B,T,C), the state after it.
 
         Pairs move into the store in blocks of at most 64 tokens at fixed absolute positions. A
-        block is written before its first token leaves the window, and each query sees only those
+        block is written no later than its first token leaves the window, and each query sees only those
         that have left it, so nothing is seen twice or missed. The price is that up to 63 of the N
         places hold pairs still waiting."""
         local, past_k, past_v, store = (None, None, None, None) if state is None else state
@@ -989,7 +992,7 @@ class DeltaNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic: Memory Mosaics (Zhang et al. 2024)
 
-EXP_SPEEDUP = 10.0   # scales and leaks are stored divided by this, so that they learn ten times faster than their lr
+EXP_SPEEDUP = 10.0   # scales and leaks are stored divided by this, so that a step moves them ten times as far
 KEY_SCALE_MAX = 5.0  # the largest logarithm of a key's length
 
 
@@ -1003,7 +1006,7 @@ class MosaicKey(nn.Module):
     def __init__(self, config: Config, power: float):
         super().__init__()
         self.D = config.head_dim
-        # 1 where keys meet keys, 2 where they meet learned ones: so exp(s) is twice in either product, up to the limit
+        # 1 where keys meet keys, 2 where they meet learned ones: so every score has the factor exp(2s), up to the limit
         self.power = power
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
@@ -1028,7 +1031,7 @@ class MosaicKey(nn.Module):
     def size(self):
         """The keys' length (H,): the longer they are, the more the nearest key outweighs the
         others."""
-        if self.scale is None:      # AdaptiveMemory takes the scale away: its keys have length 1, and it sharpens queries
+        if self.scale is None:      # AdaptiveMemory takes the scale away: its keys have length 1, and it scales queries
             return torch.ones_like(self.phi.weight[::self.D, 0])    # (H,) on phi's device
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
@@ -1273,8 +1276,8 @@ class AdaptiveMemory(ContextualMemory):
     def ask(self, queries, keys, values):
         """As ContextualMemory.ask, but of the pairs before a query its last m - 1 are left out."""
         T = queries.size(2)
-        before = keys.size(2) - T
-        lag = self.lags[0]
+        before = keys.size(2) - T      # pairs of earlier calls that the first query sees besides its own
+        lag = self.lags[0]             # m
         is_drawn = self.training and before == 0 and lag < self.lags[1]
         if is_drawn:    # a tensor: for a Python number the CPU would wait for the GPU, and the compiler compile anew
             lag = torch.randint(lag, self.lags[1] + 1, (), device=queries.device)
@@ -1591,10 +1594,10 @@ class RMT(nn.Module):
     def run_truncated(self, pieces, ve_pieces, memory, segment):
         """`run`, when each segment's loss shall reach only rmt_bptt boundaries back.
 
-        A segment is run several times, each time from the same memory, which was detached at another
-        boundary: for run d it was detached d boundaries ago, so that the gradient crosses d of them.
-        Let rmt_bptt be 1. Then the third segment has run 0, on its memory detached at once, and run 1, on
-        its memory as the second segment wrote it from a detached one. There is one run at first, and one
+        Let rmt_bptt be 1. The third segment is run twice. In run 0 its memory is detached, so that no
+        gradient leaves the segment. In run 1 its memory is what the second segment wrote from a detached
+        memory of its own, so that the gradient crosses one boundary. In general run d starts from a memory
+        that was detached d boundaries ago, and its gradient crosses d of them. There is one run at first, and one
         more after each boundary, up to rmt_bptt + 1. Without dropout all of them compute the same numbers,
         and only the gradients differ. The outputs are those of the deepest run; of the others only the
         memory is used.
@@ -1717,8 +1720,8 @@ def check_architecture(config: Config) -> None:
 
 
 def unused_options(config: Config) -> list[str]:
-    """The settings that differ from their defaults but are not read, so that they change nothing
-    here: those of another memory, those of attention where nothing attends, and the like.
+    """The settings that this model does not read, so that to change them changes nothing: those of
+    another memory, those of attention where nothing attends, and the like.
 
     A setting of the group "memory" belongs to the memory named before its first underscore, where
     deltanet is called delta; expand_v is deltanet's too, and mosaic_slots also mosaic2's where its
@@ -1734,7 +1737,7 @@ def unused_options(config: Config) -> list[str]:
         owner = deltanets.get(begin, begin)
         if f.name == "mosaic_slots" and config.memory == "mosaic2" and not config.mosaic2_mlp:
             continue
-        if owner != config.memory and getattr(config, f.name) != f.default:
+        if owner != config.memory:
             unused.append(f.name)
 
     # Positions and windows are attention's; knn has a window of its own, and ttt rotates whatever pos says.
@@ -1746,11 +1749,12 @@ def unused_options(config: Config) -> list[str]:
     if not memory_attends:
         attention_layers -= set(layers_with_memory(config))
     windows = [config.window_of(layer) for layer in attention_layers]
-    # Mosaic's learned pairs have neither a bias nor an activation, and mosaic2's MLP has its own activation (SwiGLU). How
-    # many weights either second half has depends on n_kv_head.
+    # Mosaic's learned pairs have neither a bias nor an activation, and mosaic2's MLP has its own activation (SwiGLU).
+    # How many weights either second half has depends on n_kv_head, unless mosaic_slots says how many pairs there are.
     is_mosaic = config.memory in ("mosaic", "mosaic2")
     has_pairs = config.memory == "mosaic" or (config.memory == "mosaic2" and not config.mosaic2_mlp)
-    reads_kv_heads = attends or is_mosaic or config.value_embeds
+    fills_up = is_mosaic and not (has_pairs and config.mosaic_slots)
+    reads_kv_heads = attends or fills_up or config.value_embeds
     is_unused = {
         "window": not attends or (config.memory == "knn" and in_every_layer),
         "short_window": config.memory != "knn" and not any(windows),
@@ -1763,10 +1767,7 @@ def unused_options(config: Config) -> list[str]:
         "rmt_bptt": config.memory == "rmt" and config.rmt_tokens == 0,
         "mosaic2_short": config.memory == "mosaic2" and not config.mosaic2_long,
     }
-    for name, unread in is_unused.items():
-        if unread and getattr(config, name) != Config.__dataclass_fields__[name].default:
-            unused.append(name)
-    return unused
+    return unused + [name for name, unread in is_unused.items() if unread]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1857,7 +1858,7 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Tensor:
         """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0
-        takes the likeliest."""
+        takes the likeliest. With top_k, 1 or more, only so many of the likeliest are drawn from."""
         was_training = self.training
         self.eval()
         state = None

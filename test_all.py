@@ -1015,10 +1015,12 @@ def test_settings_of_memories():
                            (Config(memory="mosaic", bias=True), ["bias"]), (Config(memory="mosaic", bias=True, norm="layer"), []),
                            (Config(memory="mosaic", bias=True, memory_layers="1"), []), (Config(memory="mosaic2", bias=True), []),
                            (Config(memory="mosaic2", mosaic2_mlp=False, bias=True), ["bias"]),
-                           (Config(memory="mosaic", n_kv_head=1), []), (Config(memory="ttt", n_kv_head=1, value_embeds=True), []),
+                           (Config(memory="mosaic", n_kv_head=1), []), (Config(memory="mosaic", n_kv_head=1, mosaic_slots=8), ["n_kv_head"]),
+                           (Config(memory="ttt", n_kv_head=1, value_embeds=True), []),
                            (Config(memory="mosaic2", mosaic2_long=False, mosaic2_short=8), ["mosaic2_short"]),
                            (Config(memory="rmt", rmt_tokens=0, rmt_bptt=2), ["rmt_bptt"]), (Config(memory="rmt", rmt_bptt=2), [])):
-        assert model.unused_options(config) == unused
+        changed = lambda name: getattr(config, name) != Config.__dataclass_fields__[name].default
+        assert list(filter(changed, model.unused_options(config))) == unused
     assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
 
@@ -1539,7 +1541,8 @@ def test_the_cache_is_used_and_made_again_where_it_is_damaged_old_or_half_made()
             assert load_text(path, "bpe:280").sha256 == first.sha256
         for pattern, damage in (("*/train.bin", lambda b: b[:-2]), ("*/val.npy", lambda b: b + b"x"),
                                 ("*/meta.json", lambda b: b[:9]),
-                                ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1])):
+                                ("*.tiktoken", lambda b: b[:b.index(b"\n", len(b) // 2) + 1]),
+                                ("*.tiktoken", lambda b: b + b"\n"), ("*.tiktoken", lambda b: b"x" + b[4:])):
             target, = (path / "cache").glob(pattern)
             target.write_bytes(damage(target.read_bytes()))
             with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -1811,6 +1814,8 @@ def test_bad_input_is_one_line_and_status_2_and_a_setting_that_no_run_reads_is_n
     assert notes("--knn_capacity=600") == "note: --knn_capacity changes nothing, because nothing here reads it\n"
     assert notes("--memory=mosaic", "--preset=gpt2") == ""               # what the preset says is no slip of the user's
     assert "--window changes nothing" in notes("--memory=mosaic", "--window=L")
+    # also a value that is the default, but not the preset's
+    assert "--pos changes nothing" in notes("--preset=gpt2", "--memory=deltanet", "--pos=rope")
     assert "--warmdown changes nothing" in notes("--schedule=cosine", "--warmdown=0.1") and notes("--warmdown=0.1") == ""
     assert notes("--memory=none,knn", "--knn_capacity=600") == "" and notes("--memory=knn", "--knn_capacity=600") == ""
 
@@ -3407,12 +3412,16 @@ def test_condition_has_one_name_and_one_look():
     names = ("memory", "window", "memory_layers", "rmt_tokens")
     cases = {(): "local", ("none", "LL"): "global", ("none", "S"): "floor", ("none", "SL"): "window SL", ("rmt",): "rmt", ("rmt", "L"): "rmt L",
              ("rmt", "SSSL", "all", 0): "rmt-0", ("rmt", "SL", "all", 0): "rmt-0 SL", ("ttt", "L"): "ttt",
-             ("knn", "S", "all", 0): "knn", ("deltanet", "SSSL", "1+3"): "deltanet@1+3", ("mosaic", "S", "1"): "mosaic@1 S",
+             ("knn", "S", "all", 0): "knn", ("deltanet", "SSSL", "1+2"): "deltanet@1+2", ("mosaic", "S", "1"): "mosaic@1 S",
              ("persistent", "L"): "persistent L", ("persistent-32",): "persistent-32", ("rmt-m16-s512",): "rmt-m16-s512"}
     assert {case: analyze.condition(dict(zip(names, case))) for case in cases} == cases
     # the name says what the layers see: a pattern may be longer than there are layers
-    for window, layers, name in (("SSSL", 3, "floor"), ("SSSL", 4, "local"), ("SL", 1, "floor"), ("LS", 1, "global"), ("LS", 2, "window LS")):
+    for window, layers, name in (("SSSL", 3, "floor"), ("SSSL", 4, "local"), ("SL", 1, "floor"), ("LS", 1, "global"), ("LS", 2, "window LS"),
+                                 ("SLSL", 4, "window SL"), ("SSSL", 6, "local")):
         assert analyze.condition(dict(window=window, n_layer=layers)) == name
+    # and where a memory has taken the last layer, or the middle one, SSSL leaves none that sees everything
+    for window, chosen, name in (("SSSL", "1+3", "ttt@1+3 S"), ("SSSL", "1", "ttt@1"), ("SSLS", "middle", "ttt@middle S")):
+        assert analyze.condition(dict(memory="ttt", window=window, n_layer=4, memory_layers=chosen)) == name
     cells, _ = cells_of(*(result(window=window, seed=seed, config=dict(n_layer=2)) for seed, window in enumerate(("S", "SSSL", "SS"))))
     assert [(c.label, len(c.runs)) for c in cells] == [("floor", 3)]
     # what a GPU computed in bfloat16 is no further seed of what a CPU computed in float32
@@ -3541,6 +3550,8 @@ def test_pareto_and_matched_compute():
     late, _ = cells_of(*runs, result("knn", log=log[2:]))                         # none of it within the budget: said, not left out
     knn = [row[3:5] for row in rows_of(analyze.matched_table(late)) if row[2] == "knn"]
     assert knn == [["0", "first evaluated later"]] * 2
+    # no other condition has a number there: no table
+    assert analyze.matched_table(cells_of(*of_seeds(1, log=log[2:]), result("ttt", log=twice))[0]) == ""
 
 
 def test_cells_pairs_repeats_mixtures_and_baselines():
@@ -3680,6 +3691,9 @@ def test_closure_by_training_budget():
     assert [row[1:7] for row in rows_of(analyze.budget_table(named))] == [row[1:7] for row in rows_of(analyze.budget_table(cells))]
     one = [cell for cell in cells if cell.one.config["steps"] == 100]
     assert analyze.budget_table(one) == "" and analyze.figure_budget(one) is None
+    # a seed that only one budget has does not enter its closure
+    more = [*runs, run("none", "S", 7, 1.2, 100), run("none", "L", 7, 1.0, 100), run("ttt", "S", 7, 0.9, 100)]
+    assert analyze.budget_table(cells_of(*more, by=["steps"])[0]) == analyze.budget_table(cells)
 
 
 def test_detectable_difference():

@@ -181,10 +181,10 @@ class Length(Toy):
     """A task of TASKS: a model is trained on short sequences and tested on longer ones. A 0 below is the task's own."""
     task: str = option("recall", "the task", "toy")
     model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
-                        "memory), a memory, or deltanet-beta2 (β up to 2), -steps2 (and two writes a token), -add "
-                        "(without erasing)", "toy")
-    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far. For capacity and mqar it is 64 to 256, "
-                    "and tests go twice as far. 0 = 64, for these two 256", "toy", low=0)
+                        "memory), a memory, deltanet-beta2 (β up to 2), deltanet-steps2 (β up to 2, two writes a "
+                        "token) or deltanet-add (writes without erasing)", "toy")
+    T: int = option(0, "training length, from 32 on; tests go up to 8 times as far. For capacity and mqar it is 64 to "
+                    "256, and tests go twice as far. 0 = 64, for these two 256", "toy", low=0)
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
@@ -849,8 +849,8 @@ TASKS = {
 
 
 def length_batch(task: str, rows: int, T: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y, distance (rows,T) int64, a function of the arguments alone. Seed 0 and number 0 are those of the test set; a
-    training batch has the run's seed, and its number is at least 1."""
+    """x, y, distance (rows,T) int64, a function of the arguments alone. Seed 0 and number 0 are those of the test set;
+    a training batch has the run's seed, and its number is at least 1."""
     rng = random.Random(repr((task, T, seed, number)))
     sequences = [TASKS[task].draw(rng, T) for _ in range(rows)]
     x, y, distance = zip(*sequences)
@@ -1002,8 +1002,8 @@ def draw_pairs_held(ax, variants: list[Variant]) -> None:
 
 
 def plot_length(task: str, trained_at: str, variants: list[Variant], out: Path) -> None:
-    """<task>.png: accuracy against the length of the sequence, and against the distance of the answer; or how many pairs
-    are held by how much state."""
+    """<task>.png: accuracy against the length of the sequence, and against the distance of the answer; or how many
+    pairs are held by how much state."""
     figure, axes = analyze.panels(1, 2, (10, 4.2))
     left, right = axes[0]
     shown = variants
@@ -1176,10 +1176,10 @@ def total(scores: list[dict]) -> dict:
 def ngram(x: Tensor, n: int) -> Tensor:
     """x (T,) -> (T,20): how often each symbol followed the last n - 1 tokens earlier in this sequence, as shares.
 
-    Where none did, the last n - 2 tokens are looked up, and so on. With n = 3, after the separator and 3 7, it is looked
-    up what followed 3 7, then what followed 7, then how often each symbol came at all. Before any symbol was seen, and
-    for n = 0, all symbols are as likely; argmax then takes the lowest. A context begins at the separator at the latest,
-    so that after the separator and 3 it is the separator and 3.
+    Where none did, the last n - 2 tokens are looked up, and so on down to none, which counts how often each symbol came
+    at all. With n = 3, after | 3 7 (| is the separator), these are: what followed 3 7; what followed 7; all symbols.
+    No context reaches back over a separator: after | 3 the longest is | 3. Before any symbol was seen, and for n = 0,
+    all symbols are as likely, and argmax takes the lowest.
     """
     uniform = np.arange(TOKENS) < SYMBOLS
     probs = np.zeros((len(x), TOKENS), dtype=np.float32)

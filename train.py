@@ -124,7 +124,7 @@ class RunConfig(Config, FitConfig):
                              low=0)
     save_every: int = option(100, "steps between checkpoints (always one at the end); 0 = only at the end", "run",
                              low=0)
-    sample_tokens: int = option(200, "length of the text generated at the end, max_seq_len at most; 0 = none", "run",
+    sample_tokens: int = option(200, "length of the text generated at the end, below max_seq_len; 0 = none", "run",
                                 low=0)
     out_dir: str = option("out", "where run folders go", "run")
     name: str = option("", "name of the run folder; made from the other settings if empty", "run")
@@ -202,11 +202,11 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
 
     model(*batch) is a scalar loss. batch_fn(step) is this rank's batch, a tuple of tensors with the rows first, and
     depends on step alone. cfg is a FitConfig; with `out` or `evaluate` it is a RunConfig. With `out`, checkpoints and
-    the log go to that folder and the run resumes from them. evaluate() returns numbers for the record; it is called every cfg.eval_every steps
-    and at the end. describe(record, batch) returns more numbers for every record.
+    the log go to that folder and the run resumes from them. evaluate() returns numbers for the record; it is called
+    every cfg.eval_every steps and at the end. describe(record, batch) returns more numbers for every record.
 
-    Raises Diverged when loss, gradient or a weight is not finite. With `out` it raises Stopped after SIGINT or SIGTERM, also if
-    the signal comes in the last step.
+    Raises Diverged when loss, gradient or a weight is not finite. With `out` it raises Stopped after SIGINT or SIGTERM,
+    also if the signal comes in the last step.
     """
     device = pick_device(cfg)
     model.to(device).train()
@@ -235,7 +235,8 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             norm = norm.item()
             step += 1
             check_finite(step, loss, norm, out, saved)
-            # The loss is that of the weights before the update. A checkpoint holds those after it, so they are checked, too.
+            # The loss is that of the weights before the update. A checkpoint holds those after it, so they are checked
+            # too.
             keeps = step == cfg.steps or (out is not None and (stop or is_due(step, cfg.steps, cfg.save_every)))
             if keeps:
                 check_weights(step, model, out, saved)
@@ -685,7 +686,8 @@ def alone_in(folder: Path):
         try:
             data.fcntl.flock(file, data.fcntl.LOCK_EX | data.fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}; wait for it, or choose another --out_dir") from None
+            raise UserError(f"another process is at work in {folder}; wait for it, or choose another "
+                            "--out_dir") from None
         yield
 
 
@@ -980,8 +982,8 @@ def parse_value(kind: type, name: str, text: str):
 
 
 def sweep_points(kind: type, flags: dict[str, str]) -> list[dict]:
-    """Commas in a value make a sweep: the settings of every point of the grid, in the order given, seeds innermost. So no
-    value can hold a comma."""
+    """Commas in a value make a sweep (so that no value can hold a comma): the settings of every point of the grid, in
+    the order given, seeds innermost."""
     names = sorted(flags, key=lambda name: name == "seed")
     values = [[parse_value(kind, name, text) for text in flags[name].split(",")] for name in names]
     return [dict(zip(names, point)) for point in itertools.product(*values)]
@@ -1108,7 +1110,8 @@ def in_workers(configs: list, job, workers: int):
         raise UserError("a worker was killed, perhaps for want of memory; finished runs are kept, so give the same "
                         "command again with --jobs=1") from None
     except BaseException:
-        # Also Ctrl-C, an error of the caller, or its leaving off (GeneratorExit): the workers end first, then it goes on.
+        # Also Ctrl-C, an error of the caller, or its leaving off (GeneratorExit): the workers end first, then it
+        # goes on.
         for process in active_children():
             process.terminate()
         raise
@@ -1361,7 +1364,8 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
     names = {cfg.name for cfg in configs}
     longest = max(names, key=len)
     if len(longest.encode()) > 200:
-        raise UserError(f"--name: {len(longest.encode())} bytes were given, at most 200 make the name of a folder; shorten it")
+        raise UserError(f"--name: {len(longest.encode())} bytes were given, at most 200 make the name of a folder; "
+                        "shorten it")
     if len(names) < len(configs):
         raise UserError(f"the sweep has {len(configs)} runs but only {len(names)} names, such as {configs[0].name}; "
                         "leave --name out, give each value once, and sweep no setting of the group run")
@@ -1383,8 +1387,8 @@ def note_unused(configs: list[RunConfig]) -> None:
 def start_processes(cfg: RunConfig) -> None:
     """Joins the processes that torchrun started."""
     if "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE is {world()}, but no MASTER_ADDR says where the other processes are; start train.py "
-                        "with torchrun, or unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE is {world()}, but no MASTER_ADDR says where the other processes are; start "
+                        "train.py with torchrun, or unset WORLD_SIZE")
     # Hours, because in a barrier the ranks wait for the one that downloads and tokenises the data.
     timeout = timedelta(hours=4)
     device = pick_device(cfg)
