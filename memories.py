@@ -27,8 +27,8 @@ Glossary (name in the code = symbol in the paper)
                        starts; W_start and b_start are those at the start of a mini-batch
     grad = ∇           inner gradient of a token's loss, and lr_grad = η ∇. Sums over a mini-batch are grad_W, Σ η kᵀ ∇,
                        and grad_b, Σ η ∇. A name that begins with d, as dq, is a gradient of the training
-    decay = λ          share of the key average that a token keeps; log_decay is log λ
-    gate = g           how much of a token enters the key average
+    decay = λ          share of the leaky sum that a token keeps; log_decay is log λ
+    gate = g           how much of a token enters the leaky sum
     C                  tokens in a chunk (in model.py C counts channels); in the comments on chunks Q, K, V stack the
                        chunk's q, k, v. The letters of _delta_chunk's docstring (S, γ, Γ, A, U, W) hold in the delta
                        rule alone
@@ -83,8 +83,9 @@ def check_impl(name: str, impl: str, choices: tuple) -> None:
         raise ValueError(f"{name}: impl={impl!r} was given, expected one of {', '.join(choices)}; use 'auto'")
 
 
-def use_triton(name: str, impl: str, x: Tensor, supported: bool, expected: str) -> bool:
-    """Whether the kernels are to run. Raises ValueError where they were asked for and cannot run on tensors like x."""
+def use_triton(name: str, impl: str, x: Tensor, supported: bool, given: str, expected: str) -> bool:
+    """Whether the kernels are to run. Raises ValueError where they were asked for and cannot run: on x's device, or
+    since what was given is not supported."""
     if impl == "auto":
         return triton is not None and x.is_cuda and supported
     if impl != "triton":
@@ -96,8 +97,7 @@ def use_triton(name: str, impl: str, x: Tensor, supported: bool, expected: str) 
         raise ValueError(f"{name}: impl='triton' was given {x.device} tensors, expected cuda; use impl='chunk', "
                          f"or set TRITON_INTERPRET=1 to test the kernels without a GPU")
     if not supported:
-        raise ValueError(f"{name}: impl='triton' was given {tuple(x.shape)} {x.dtype}, "
-                         f"expected {expected}; use impl='chunk'")
+        raise ValueError(f"{name}: impl='triton' was given {given}, expected {expected}; use impl='chunk'")
     return True
 
 
@@ -114,26 +114,29 @@ def read(matrix: Tensor, key: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaky average (Memory Mosaics)
 
-def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: str = "auto",
-                  log_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def leaky_average(x: Tensor, decay: Tensor | None = None, state: Tensor | None = None, impl: str = "auto",
+                  log_decay: Tensor | None = None, log_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y_t = g_t x_t + λ_t y_{t-1}, with one λ per head (Zhang et al. 2024, eq. 7), or with a λ and a
     gate g that every token chooses (Zhang & Bottou 2025, eq. 8).
 
-    x         (B,T,H,D)  float
-    decay     (H,)       λ, in [0, 1)
-              (B,T,H)    or log λ_t, at most 0: the number of axes decides
-    state     (B,H,D)    y of the token before x; zeros where it is None
-    log_gate  (B,T,H)    log g_t; g is 1 where it is None
-    impl                 see the top of this file; a single token takes the loop whatever is asked for
+    x          (B,T,H,D)  float
+    decay      (H,)       λ, in [0, 1), of all tokens; or instead of it
+    log_decay  (B,T,H)    log λ_t, at most 0, of every token
+    state      (B,H,D)    y of the token before x; zeros where it is None
+    log_gate   (B,T,H)    log g_t; g is 1 where it is None
+    impl                  see the top of this file; a single token takes the loop whatever is asked for
 
     Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
-    Raises ValueError for an impl other than auto, loop and chunk.
+    Raises ValueError for an impl other than auto, loop and chunk, and unless one of decay and log_decay is
+    given.
 
     There is no Triton kernel: the chunked form moves x and y a few times and never builds a T×T matrix, so
     that a kernel could save little.
     Official implementation: github.com/facebookresearch/MemoryMosaics.
     """
     check_impl("leaky_average", impl, ("auto", "loop", "chunk"))
+    if (decay is None) == (log_decay is None):
+        raise ValueError("leaky_average: decay and log_decay were both given or both left out; give one of them")
     B, T, H, D = x.shape
     dtype = state_dtype(x.dtype)
     if state is None:
@@ -144,24 +147,22 @@ def leaky_average(x: Tensor, decay: Tensor, state: Tensor | None = None, impl: s
     gated = x.to(dtype)
     if log_gate is not None:
         gated = log_gate.to(dtype).exp()[..., None] * gated
-    per_token = decay.dim() == 3
-    if impl == "loop" or T == 1:
-        form = _leaky_loop
+    state = state.to(dtype)
+    in_loop = impl == "loop" or T == 1
+    if log_decay is None:
+        decay = decay.to(dtype)
+        y = _leaky_loop(gated, decay.expand(B, T, H), state) if in_loop else _leaky_chunk(gated, decay, state)
     else:
-        form = _leaky_chunk_per_token if per_token else _leaky_chunk
-    y = form(gated, decay.to(dtype), state.to(dtype))
+        log_decay = log_decay.to(dtype)
+        y = _leaky_loop(gated, log_decay.exp(), state) if in_loop else _leaky_chunk_per_token(gated, log_decay, state)
     return y.to(x.dtype), y[:, -1]
 
 
 def _leaky_loop(gated, decay, state):
-    """Token by token; gated is g_t x_t. decay is λ (H,), or log λ_t (B,T,H)."""
-    if decay.dim() == 3:
-        decays = decay.exp().unbind(1)                                                  # λ_t  (B,H)
-    else:
-        decays = [decay] * gated.size(1)
+    """Token by token; gated is g_t x_t (B,T,H,D), decay is λ_t (B,T,H)."""
     y = state                                                                           # (B,H,D)
     outputs = []
-    for new, decay_t in zip(gated.unbind(1), decays):
+    for new, decay_t in zip(gated.unbind(1), decay.unbind(1)):
         y = new + decay_t[..., None] * y
         outputs.append(y)
     return torch.stack(outputs, 1)
@@ -274,8 +275,9 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
         impl = "loop"
 
     supported = erase and v.dtype in KERNEL_DTYPES and Dk in (16, 32, 64, 128) and Dv in (Dk, 2 * Dk)
+    given = f"erase={erase}, {v.dtype}, Dk {Dk}, Dv {Dv}"
     expected = "erase=True, float32 or 16-bit, Dk 16, 32, 64 or 128, Dv = Dk or 2 Dk"
-    if use_triton("gated_delta_rule", impl, v, supported, expected):
+    if use_triton("gated_delta_rule", impl, v, supported, given, expected):
         return _delta_triton(q, k, v, g, beta, state, scale)
     form = _delta_loop if impl == "loop" else _delta_chunk
     o, state = form(q.to(dtype), k.to(dtype), v.to(dtype), g.to(dtype), beta.to(dtype), state, scale, erase)
@@ -424,7 +426,9 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_scale: Tensor,
         return q, state
 
     supported = q.dtype in KERNEL_DTYPES and D in (32, 64, 128) and K in (16, 32, 64)
-    if use_triton("ttt_linear", impl, q, supported, "float32 or 16-bit, D 32, 64 or 128, K 16, 32 or 64"):
+    given = f"{q.dtype}, D {D}, K {K}"
+    expected = "float32 or 16-bit, D 32, 64 or 128, K 16, 32 or 64"
+    if use_triton("ttt_linear", impl, q, supported, given, expected):
         return _ttt_triton(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
     form = _ttt_loop if impl == "loop" else _ttt_chunk
     return _ttt_torch(form, q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos)
@@ -1527,7 +1531,7 @@ def example(name: str, B: int, T: int, H: int, D: int, Dv: int | None = None, K:
         return torch.randn(*shape, device=device, dtype=state_dtype(dtype))
 
     if name == "leaky_average" and gated:
-        return dict(x=normal(B, T, H, D).to(dtype), decay=-normal(B, T, H).exp(), state=normal(B, H, D),
+        return dict(x=normal(B, T, H, D).to(dtype), log_decay=-normal(B, T, H).exp(), state=normal(B, H, D),
                     log_gate=normal(B, T, H))
     if name == "leaky_average":
         return dict(x=normal(B, T, H, D).to(dtype), decay=normal(H).sigmoid(), state=normal(B, H, D))

@@ -30,9 +30,11 @@ Reading order (top to bottom; the checks of Config and the table of memories nee
 
 Glossary (name here = symbol in the papers)
     B, T, C, H, D    batch, time, channels (n_embd), heads, head dimension          Hkv  key/value heads (GQA)
-    W = window, S = rmt_segment, K = ttt_chunk, N = knn_capacity or mosaic's persistent pairs
-    M                persistent's slots per layer, or rmt's memory tokens per segment
-    (W is also the inner weights of TTT, S the fast weights of DeltaNet, where these are at hand)
+    Letters of one memory's text:
+        attention    W = window                                persistent   M = slots per layer
+        rmt          M = memory tokens, S = rmt_segment        knn          W = window, N = knn_capacity
+        ttt          K = ttt_chunk, W, b = inner weights       deltanet     S = the matrix of a head
+        mosaic       N = persistent pairs
     pos              in a state: tokens seen so far, a 0-dim int64 tensor on the CPU (reading it never waits for a GPU);
                      ttt and rmt count within the running mini-batch or segment. Config.pos is the kind of positions
     ve               value embeddings: (B,T,Hkv·D) looked up from the token ids, mixed into a layer's values
@@ -1036,15 +1038,15 @@ class MosaicKey(nn.Module):
         return (self.power * EXP_SPEEDUP * self.scale).clamp(max=KEY_SCALE_MAX).exp()
 
     def gates(self, x):
-        """What leaky_average takes for decay (H,) and log_gate, given x (B,T,C)."""
-        return self.decay(), None
+        """decay (H,), log_decay and log_gate (B,T,H) of leaky_average, given x (B,T,C)."""
+        return self.decay(), None, None
 
     def forward(self, x, k_bar, impl="auto"):
         """x (B,T,C), k_bar (B,H,D) or None -> keys (B,H,T,D), the new k_bar."""
         new = self.phi(x).unflatten(-1, (-1, self.D))                                   # (B,T,H,D)
         with full_precision(x):
-            decay, log_gate = self.gates(x)
-            averages, k_bar = leaky_average(new, decay, k_bar, impl, log_gate)
+            decay, log_decay, log_gate = self.gates(x)
+            averages, k_bar = leaky_average(new, decay, k_bar, impl, log_decay, log_gate)
             keys = self.size()[:, None, None] * unit(averages.transpose(1, 2))
             return keys.to(averages.dtype), k_bar
 
@@ -1214,8 +1216,8 @@ class GatedKey(MosaicKey):
         return k
 
     def gates(self, x):
-        """log λ_t and log g_t (B,T,H)."""
-        return -self.forget(x).abs(), self.gate(x)                                      # log λ_t, log g_t
+        """As MosaicKey.gates, with a λ and a g for every token."""
+        return None, -self.forget(x).abs(), self.gate(x)    # λ of all tokens (none), log λ_t, log g_t
 
 
 class AdaptiveMemory(ContextualMemory):

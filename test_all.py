@@ -146,9 +146,9 @@ CASES = {
     "leaky": (runs(B=[2], H=[3], D=[4], T=[1, 2, 64, 65, 4200]),        # 4200 > 64²: three levels of the scan
               dict(decay=lambda x: torch.tensor([0.0, 0.6, 0.999], dtype=x.dtype))),
     "leaky_gated": (gated(T=[1, 2, 64, 65, 4200]) + gated(cuts=[(37,), (0, 1, 64, 128)]), {}),
-    "leaky_gated_strong_decay": (gated(), dict(decay=lambda x: -50 * ONE(x))),
-    "leaky_gated_uneven_decay": (gated(T=[130, 4200]), dict(decay=now_and_then)),
-    "leaky_gated_no_decay": (gated(), dict(decay=ZERO)),
+    "leaky_gated_strong_decay": (gated(), dict(log_decay=lambda x: -50 * ONE(x))),
+    "leaky_gated_uneven_decay": (gated(T=[130, 4200]), dict(log_decay=now_and_then)),
+    "leaky_gated_no_decay": (gated(), dict(log_decay=ZERO)),
     "delta_sizes": (delta() + delta(T=[70], cuts=[(37,), (0, 64)]) + runs(B=[2], H=[2], D=[16], T=[2, 31, 32, 33, 129])
                     + [dict(B=1, T=66, H=1, D=D, Dv=Dv) for D, Dv in HEAD_SIZES], {}),
     "delta_strong_decay": (delta(), dict(g=lambda g: -30 * torch.rand_like(g))),
@@ -183,7 +183,7 @@ CASES = {
 def in_pieces_of(fn, cuts):
     """fn in several calls, each of which continues from the state of the one before."""
     def run(impl, state=None, **args):
-        tokens = [name for name in ("q", "k", "v", "g", "beta", "lr", "x", "decay", "log_gate") if name in args]
+        tokens = [name for name in ("q", "k", "v", "g", "beta", "lr", "x", "log_decay", "log_gate") if name in args]
         outputs = []
         for start, stop in zip((0, *cuts), (*cuts, args[tokens[0]].size(1))):
             piece = {name: args[name][:, start:stop] for name in tokens}
@@ -288,6 +288,7 @@ def test_memories_at_the_edges():
     assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
     assert error(o, gated_delta_rule(**{name: x.double() for name, x in args.items()})[0]) < 1e-2
     raises(ValueError, lambda: gated_delta_rule(**args, impl="fast"), "fast", "chunk")
+    raises(ValueError, lambda: leaky_average(noise(2, 3, 1, 4)), "decay", "log_decay", "one of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
