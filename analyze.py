@@ -140,26 +140,36 @@ def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
         return set(range(n_layer))
     if text == "middle":
         return {n_layer // 2}
+    if not re.fullmatch(r"\d+(\+\d+)*", text):
+        raise ValueError(f"memory_layers is {text!r}, expected all, middle, or indexes such as 1+3")
     return {int(layer) for layer in text.split("+")}
 
 
 def shortest_pattern(settings: dict) -> str:
-    """The shortest window pattern that makes the same attention layers: L for LL, S for SSSL in three layers, or
-    in four whose last one is a memory's."""
+    """One name for all window patterns that make the same attention layers: S, L or SSSL where one of these does, and
+    else the shortest. So SSSL is called S in three layers, or in four whose last one is a memory's."""
     window = settings.get("window", USUAL_WINDOW)
     n_layer = settings.get("n_layer")
     if not isinstance(n_layer, int):     # memory-bench's files don't name it
         n_layer = len(window)
     attending = set(range(n_layer))
+    instead = layers_with_memory(settings, n_layer)
     if settings.get("memory") in NO_PATTERN:
-        attending -= layers_with_memory(settings, n_layer)
+        attending -= instead
     if not attending:
-        return window
+        return USUAL_WINDOW
 
-    # the pattern is repeated over the layers
-    for length in range(1, len(window)):
-        if all(window[layer % length] == window[layer % len(window)] for layer in attending):
-            return window[:length]
+    # a pattern is repeated over the layers
+    letters = {layer: window[layer % len(window)] for layer in attending}
+    candidates = ["S", "L", USUAL_WINDOW]
+    for length in range(2, n_layer + 1):
+        candidate = ["S"] * length      # a place where no layer attends stays S
+        for layer, letter in letters.items():
+            candidate[layer % length] = letter
+        candidates.append("".join(candidate))
+    for candidate in candidates:
+        if all(candidate[layer % len(candidate)] == letter for layer, letter in letters.items()):
+            return candidate
     return window
 
 
@@ -926,7 +936,7 @@ def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | st
     G, D (n,): for each seed the gain and the deficit.
 
     A ratio means nothing where its denominator may be 0. So it is "undefined" unless the 95% interval
-    of D lies above 0. The interval of the ratio is built like Student's:
+    of D lies above 0, and all sums of D below. The interval of the ratio is built like Student's:
 
         ΣG/ΣD ± t(0.975; n-1) · √(n/(n-1)) · standard error
 
@@ -947,7 +957,10 @@ def closure(G, D, resamples: int = BOOTSTRAP) -> tuple[float, float, float] | st
 
     # every row of `draws` is one resample: the indexes of the n seeds that it holds
     draws = np.random.default_rng(0).integers(0, n, (resamples, n))
-    ratios = G[draws].sum(1) / D[draws].sum(1)
+    deficits = D[draws].sum(1)
+    if deficits.min() <= 0:
+        return "undefined"
+    ratios = G[draws].sum(1) / deficits
     standard_error = math.sqrt(n / (n - 1)) * ratios.std()
     half = float(stats.t.ppf(0.975, n - 1) * standard_error)
     ratio = float(G.sum() / D.sum())
@@ -1283,15 +1296,18 @@ def won_back(cells) -> Iterator[WonBack]:
         yield WonBack(c, windowed, ceiling, paired(of_windowed, of_memory), paired(of_windowed, of_global))
 
 
+def percent(share: float) -> str:
+    """A share in percent. One that rounds to 0 has no sign."""
+    return f"{round(100 * share)}%"
+
+
 def closure_text(G, D) -> str:
     """The closure and its interval as percentages, or why there is none."""
     share = closure(G, D)
     if isinstance(share, str):
         return share
     ratio, lo, hi = share
-    # a share that rounds to 0 has no sign
-    ratio, lo, hi = [round(100 * x) for x in (ratio, lo, hi)]
-    return f"{ratio}% [{lo}, {hi}]"
+    return f"{percent(ratio)} [{percent(lo)[:-1]}, {percent(hi)[:-1]}]"
 
 
 def won_back_table(cells) -> str:
@@ -1345,7 +1361,7 @@ def length_table(cells) -> str:
 
 def several_budgets(cells) -> dict[tuple[int, str], list[WonBack]]:
     """(T, label without its budget) -> what it wins back after each number of training tokens, the fewest first, over
-    the seeds that all these numbers have. What was trained for one number alone is left out."""
+    the seeds that all these numbers have. What was trained for one number alone, or shares no seed, is left out."""
     found = {}
     for won in won_back(cells):
         if won.cell.costs("train_tokens"):
@@ -1384,7 +1400,7 @@ def budget_table(cells) -> str:
         for won in budgets:
             rows.append([T, condition, human(training_tokens(won)), len(won.gain.seeds),
                          f"{1000 * np.mean(won.deficit.diffs):.0f}", f"{1000 * np.mean(won.gain.diffs):.0f}",
-                         f"{100 * won.closure_of_means():.0f}%", closure_text(won.gain.diffs, won.deficit.diffs)])
+                         percent(won.closure_of_means()), closure_text(won.gain.diffs, won.deficit.diffs)])
     head = ["T", "condition", "training tokens", "n", "deficit mBPB", "gain mBPB", "closure of means",
             "closure [95% CI]"]
     return table(head, rows, left=2)
@@ -1806,9 +1822,9 @@ Mean bpb ± standard deviation over seeds at each training length, what the wind
 share of it that each condition wins back.
 """
 BUDGETS = """
-Does the gap close with more training? Each number of training tokens has its own baselines, and all
-numbers of a condition rest on the same seeds. The closure of means needs no interval, so that it is there
-for one or two seeds too. (Runs of several budgets need --by=steps.)
+Does the gap close with more training? Each number of training tokens has its own baselines. All numbers of a
+condition rest on the seeds that all of them have; without a common seed it is left out. The closure of means
+needs no interval, so that it is there for one or two seeds too. (Runs of several budgets need --by=steps.)
 """
 FRONTIER = """
 These are the conditions that no other beats, by being nowhere worse and somewhere better. Means are

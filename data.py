@@ -126,8 +126,8 @@ LONGEST_RUN = 2048
 BABI_STORIES = ("traindataset.txt", "valdataset.txt")
 
 # BPE merges within words, and a word is one of these: letters after at most one mark or space; up to 3 digits; marks,
-# with a space before and line ends behind; white space up to a line end; white space up to the next word; other white
-# space. Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
+# with at most one space before and any line ends behind; white space up to a line end; white space up to the next word;
+# other white space. Python's re (training) and tiktoken's Rust regex (encoding) read this pattern alike.
 WORDS = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -149,9 +149,15 @@ def disk(path: str | Path):
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno == errno.ENOSPC else "make it writable"
-        raise UserError(f"cannot write {path}: {error.strerror}; files already written are intact, so {remedy} (or "
-                        "choose another folder) and give the same command again") from None
+        reason = error.strerror or error
+        # numpy's error for an array of which only a part fitted has no number
+        remedy = ""
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "make room, or "
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "make it writable, or "
+        raise UserError(f"cannot write {path}: {reason}; files already written are intact, so {remedy}choose another "
+                        "folder, and give the same command again") from None
 
 
 @contextlib.contextmanager
@@ -853,7 +859,7 @@ def trained_tokens(n: int, text: Text, cache: Path, quiet: bool = False) -> list
     """The tokens of bpe:N without <|endoftext|>, from the cache or trained now. The file has tiktoken's format."""
     path = cache_path(cache, text.name, f"-{text.fingerprint[:16]}-bpe{n}.tiktoken")
     if path.exists():
-        # each line is a token in base64, and its id; damage shows in a line or in their number
+        # each line is a token in base64, and its id; most damage shows in a line or in their number
         try:
             with open(path, "rb") as file:
                 tokens = [base64.b64decode(line.split()[0]) for line in file]

@@ -1061,7 +1061,8 @@ RECENT = 16  # tokens that count as recent
 
 
 def attention_layers(run: Run) -> dict[str, torch.nn.Module]:
-    """Everything that attends. Its name is the layer's index; of mosaic2 "1, short-term" and "1, long-term"."""
+    """Everything that attends. Its name is the layer's index; where mosaic2 has two memories, "1, short-term" and
+    "1, long-term"."""
     found = {}
     mixers = [module.mixer for module in run.model.modules() if isinstance(module, Block)]
     for i, mixer in enumerate(mixers):

@@ -128,7 +128,7 @@ def leaky_average(x: Tensor, decay: Tensor | None = None, state: Tensor | None =
 
     Returns y (B,T,H,D) in x's dtype, and the new state in float32 (float64 for float64 inputs).
     Raises ValueError for an impl other than auto, loop and chunk, and unless one of decay and log_decay is
-    given.
+    given, in this shape.
 
     There is no Triton kernel: the chunked form moves x and y a few times and never builds a T×T matrix, so
     that a kernel could save little.
@@ -138,6 +138,12 @@ def leaky_average(x: Tensor, decay: Tensor | None = None, state: Tensor | None =
     if (decay is None) == (log_decay is None):
         raise ValueError("leaky_average: decay and log_decay were both given or both left out; give one of them")
     B, T, H, D = x.shape
+    if decay is not None and decay.shape != (H,):
+        raise ValueError(f"leaky_average: decay has the shape {tuple(decay.shape)}, expected {(H,)}; log_decay may "
+                         "differ from token to token")
+    if log_decay is not None and log_decay.shape != (B, T, H):
+        raise ValueError(f"leaky_average: log_decay has the shape {tuple(log_decay.shape)}, expected {(B, T, H)}; "
+                         "give decay where all tokens have the same")
     dtype = state_dtype(x.dtype)
     if state is None:
         state = x.new_zeros(B, H, D, dtype=dtype)
@@ -1633,8 +1639,8 @@ def kernel_flops(kernel_name: str, D: int) -> int:
 
 def usual_work(name: str, part: str, D: int) -> tuple[int, int]:
     """What our kernels are compared with: (FLOPs, bytes) for a token and head. The FLOPs are those of
-    the usual form, for the delta rule in chunks of 64 tokens. Ours takes fewer there, because its walks
-    have chunks of 32, and keep the error E instead of computing it twice. The bytes are the fewest
+    the usual form, for the delta rule in chunks of 64 tokens. There our kernels do less, because their
+    walks have chunks of 32 and keep the error E instead of computing it twice. The bytes are the fewest
     possible: inputs are read once and outputs written once, in bf16."""
     return {
         ("gated_delta_rule", "forward"): (10 * 64 * D + 6 * D * D, 8 * D + 6),

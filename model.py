@@ -1742,15 +1742,12 @@ def unused_options(config: Config) -> list[str]:
         if owner != config.memory:
             unused.append(f.name)
 
-    # Positions and windows are attention's; knn has a window of its own, and ttt rotates whatever pos says.
+    # Positions and windows are attention's; knn has a window of its own, and ttt rotates whatever pos says. What is
+    # measured on a model may read short_window where no layer does (`copy` in eval.py).
     mixer = MEMORIES[config.memory].mixer
     memory_attends = isinstance(mixer, type) and issubclass(mixer, Attention)
     in_every_layer = len(layers_with_memory(config)) == config.n_layer
     attends = memory_attends or not in_every_layer
-    attention_layers = set(range(config.n_layer))
-    if not memory_attends:
-        attention_layers -= set(layers_with_memory(config))
-    windows = [config.window_of(layer) for layer in attention_layers]
     # Mosaic's learned pairs have neither a bias nor an activation, and mosaic2's MLP has its own activation (SwiGLU).
     # How many weights either second half has depends on n_kv_head, unless mosaic_slots says how many pairs there are.
     is_mosaic = config.memory in ("mosaic", "mosaic2")
@@ -1759,8 +1756,7 @@ def unused_options(config: Config) -> list[str]:
     reads_kv_heads = attends or fills_up or config.value_embeds
     is_unused = {
         "window": not attends or (config.memory == "knn" and in_every_layer),
-        "short_window": config.memory != "knn" and not any(windows),
-        "n_kv_head": not reads_kv_heads and config.n_kv_head != config.n_head,      # 0 was replaced by n_head
+        "n_kv_head": not reads_kv_heads,
         "pos": not attends,
         "qk_norm": not attends,
         "rope_theta": config.memory != "ttt" and not (attends and config.pos == "rope"),

@@ -289,6 +289,8 @@ def test_memories_at_the_edges():
     assert error(o, gated_delta_rule(**{name: x.double() for name, x in args.items()})[0]) < 1e-2
     raises(ValueError, lambda: gated_delta_rule(**args, impl="fast"), "fast", "chunk")
     raises(ValueError, lambda: leaky_average(noise(2, 3, 1, 4)), "decay", "log_decay", "one of them")
+    for wrong in (dict(decay=noise(2, 3, 1)), dict(log_decay=noise(1))):
+        raises(ValueError, lambda: leaky_average(noise(2, 3, 1, 4), **wrong), "shape", "expected", "token")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1008,9 +1010,9 @@ def test_settings_of_memories():
                            (Config(memory="mosaic", window="L", pos="alibi", memory_layers="1"), []),
                            (Config(memory="knn", window="L", pos="alibi", rope_theta=5.0), ["window", "rope_theta"]),
                            (Config(memory="ttt", rope_theta=5.0), []), (Config(memory="rmt", window="L", qk_norm=False), []),
-                           (Config(memory="deltanet", n_kv_head=1, short_window=8), ["short_window", "n_kv_head"]),
+                           (Config(memory="deltanet", n_kv_head=1, short_window=8), ["n_kv_head"]),
                            (Config(memory="deltanet", memory_layers="1", n_kv_head=1, short_window=8), []),
-                           (Config(window="L", short_window=8), ["short_window"]), (Config(memory="knn", window="L", short_window=8), ["window"]),
+                           (Config(window="L", short_window=8), []), (Config(memory="knn", window="L", short_window=8), ["window"]),
                            (Config(memory="mosaic", memory_layers="1", activation="gelu"), []),
                            (Config(memory="mosaic", activation="gelu"), ["activation"]), (Config(memory="mosaic2", activation="gelu"), ["activation"]),
                            (Config(memory="mosaic", bias=True), ["bias"]), (Config(memory="mosaic", bias=True, norm="layer"), []),
@@ -1020,8 +1022,8 @@ def test_settings_of_memories():
                            (Config(memory="ttt", n_kv_head=1, value_embeds=True), []),
                            (Config(memory="mosaic2", mosaic2_long=False, mosaic2_short=8), ["mosaic2_short"]),
                            (Config(memory="rmt", rmt_tokens=0, rmt_bptt=2), ["rmt_bptt"]), (Config(memory="rmt", rmt_bptt=2), [])):
-        changed = lambda name: getattr(config, name) != Config.__dataclass_fields__[name].default
-        assert list(filter(changed, model.unused_options(config))) == unused
+        usual = vars(Config(n_layer=config.n_layer))
+        assert [name for name in model.unused_options(config) if getattr(config, name) != usual[name]] == unused
     assert analyze.owner("delta_steps") == analyze.owner("expand_v") == "deltanet" and analyze.owner("n_embd") is None
 
 
@@ -1060,7 +1062,7 @@ def kernels_at_the_edges():
         check_no_tokens(fn, "triton")
         with torch.no_grad():
             assert error(fn(**example(fn), impl="triton")[0], fn(**example(fn), impl="loop")[0]) <= PARITY
-    raises(ValueError, lambda: gated_delta_rule(**example(gated_delta_rule), erase=False, impl="triton"), "expected erase=True")
+    raises(ValueError, lambda: gated_delta_rule(**example(gated_delta_rule), erase=False, impl="triton"), "given erase=False", "expected erase=True")
     for fn, other in ((gated_delta_rule, dict(D=24)), (gated_delta_rule, dict(dtype=torch.float64)), (ttt_linear, dict(D=16))):
         raises(ValueError, lambda: fn(**example(fn, **other), impl="triton"), "expected", "use impl='chunk'")
 
@@ -2095,7 +2097,9 @@ def test_nan_a_full_disk_and_another_architecture_are_one_line_and_leave_the_las
         with broken_update(1):          # also where nothing is saved, as in a toy
             raises(train.Diverged, lambda: train.fit(GPT(tiny().architecture()), lambda step: (batch, batch), tiny(steps=1)), "weight")
         with at_call(1, mock.Mock(side_effect=OSError(28, "No space left on device")), of=(torch, "save")):
-            refused(train.main, flags, "No space left", "ckpt.pt")
+            refused(train.main, flags, "No space left", "ckpt.pt", "so make room, or choose another folder")
+        with at_call(1, mock.Mock(side_effect=OSError(30, "Read-only file system")), of=(torch, "save")):
+            refused(train.main, flags, "Read-only", "so make it writable, or choose another folder")
         check_untouched()
         with limited_files(1000):  # the log's turn
             refused(train.main, [*base, "--steps=90", "--name=b"], "cannot write", "log.jsonl")
@@ -2837,6 +2841,9 @@ def test_eval_speed_reports_the_state():
                 assert p["prefill_tokens_per_second"] > 0 and p["ms_per_token"] > 0 and p["peak_rss_mib"] >= 0
             sizes = [p["state_bytes"] for p in r["points"]]
             assert (sizes[-1] == sizes[-2]) == (not memory.startswith("mosaic")), (name, sizes)  # two layers of SSSL have windows
+        # a run with the memory in one layer is measured beside the memory in all of them
+        trained("partly", "--memory=ttt", "--memory_layers=1")
+        assert list(measured("partly", "speed", "--memory=ttt", "--context=64")["models"]) == ["ttt@1 S", "ttt (untrained)"]
         # a memory that the shape cannot have is refused before the first measurement
         odd = run._replace(cfg=replace(run.cfg, pos="none", n_embd=12, n_head=4))
         with mock.patch.object(measuring, "speed_of", side_effect=AssertionError("measured")):
@@ -3418,10 +3425,11 @@ def test_condition_has_one_name_and_one_look():
     assert {case: analyze.condition(dict(zip(names, case))) for case in cases} == cases
     # the name says what the layers see: a pattern may be longer than there are layers
     for window, layers, name in (("SSSL", 3, "floor"), ("SSSL", 4, "local"), ("SL", 1, "floor"), ("LS", 1, "global"), ("LS", 2, "window LS"),
-                                 ("SLSL", 4, "window SL"), ("SSSL", 6, "local")):
+                                 ("SLSL", 4, "window SL"), ("SSSL", 6, "local"), ("LSSSLL", 4, "window LSSS"), ("SSSLSL", 5, "local")):
         assert analyze.condition(dict(window=window, n_layer=layers)) == name
     # and where a memory has taken the last layer, or the middle one, SSSL leaves none that sees everything
-    for window, chosen, name in (("SSSL", "1+3", "ttt@1+3 S"), ("SSSL", "1", "ttt@1"), ("SSLS", "middle", "ttt@middle S")):
+    for window, chosen, name in (("SSSL", "1+3", "ttt@1+3 S"), ("SSSL", "1", "ttt@1"), ("SL", "1", "ttt@1"), ("SSLS", "middle", "ttt@middle S"),
+                                 ("SSLL", "2", "ttt@2"), ("LSSL", "0", "ttt@0"), ("LSSL", "1", "ttt@1 LSS"), ("LL", "0+1+2+3", "ttt@0+1+2+3")):
         assert analyze.condition(dict(memory="ttt", window=window, n_layer=4, memory_layers=chosen)) == name
     cells, _ = cells_of(*(result(window=window, seed=seed, config=dict(n_layer=2)) for seed, window in enumerate(("S", "SSSL", "SS"))))
     assert [(c.label, len(c.runs)) for c in cells] == [("floor", 3)]
@@ -3493,6 +3501,8 @@ def test_closure_at_its_edges_and_how_often_its_interval_holds_the_truth():
     # the interval of D holds 0; global clearly worse than local; mean 4 ± 4.97, though every ratio is 1/2
     for G, D in (([1.0] * 3, [-0.1, 0.1, 0.3]), ([1.0] * 3, [-2.0, -2.1, -1.9]), ([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])):
         assert analyze.closure(G, D) == "undefined", D
+    assert analyze.closure([1.0] * 5, [0.0, 1.0, 1.0, 1.0, 1.0]) == "undefined"      # some resamples have no deficit at all
+    assert analyze.closure_text([-1e-4, -2e-4, 1e-4], [1.0, 1.1, 0.9]) == "0% [0, 0]"
     assert np.allclose(analyze.closure([30.0, 31.0, 32.0], [60.0, 62.0, 64.0]), (0.5, 0.5, 0.5))
     # constant D: the ratio is a mean, and the interval has to be its t interval
     G = np.array([1.0, 1.5, 1.2, 0.9, 1.6])

@@ -1373,7 +1373,7 @@ def parse_args(argv: list[str]) -> list[RunConfig]:
 
 
 def note_unused(configs: list[RunConfig]) -> None:
-    """Says which flags no run of the sweep reads, and goes on."""
+    """Names the given flags that no run of the sweep reads, and goes on."""
     unused = set(unused_options(configs[0]))
     for cfg in configs:
         unused &= set(unused_options(cfg))
