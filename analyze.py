@@ -17,7 +17,7 @@ Glossary
     cell         all runs of one condition at one training length T, one for each seed.
     study        cells that may be compared: they have the same preset and the same data.
     floor        no memory. Attention sees a short window in every layer (the pattern S). No layer looks further back;
-                 only from layer to layer does text pass on, a window at a time.
+                 only from layer to layer does text pass on, a window (and the token shift's 3) at a time.
     local        no memory. Attention sees a short window in most layers (the pattern SSSL).
     global       no memory. Attention sees all of the past in every layer (the pattern L). It is the ceiling.
     windowed     the baseline that a memory has to improve on: floor, or local in a study without a floor.
@@ -147,15 +147,15 @@ def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
 
 def shortest_pattern(settings: dict) -> str:
     """One name for all window patterns that make the same attention layers: S, L or SSSL where one of these does, and
-    else the shortest. So SSSL is called S in three layers, or in four whose last one is a memory's."""
+    else the shortest. In three layers SSSL is S S S, and so called S; likewise in four whose last is a memory's."""
     window = settings.get("window", USUAL_WINDOW)
     n_layer = settings.get("n_layer")
     if not isinstance(n_layer, int):     # memory-bench's files don't name it
         n_layer = len(window)
     attending = set(range(n_layer))
-    instead = layers_with_memory(settings, n_layer)
+    with_memory = layers_with_memory(settings, n_layer)
     if settings.get("memory") in NO_PATTERN:
-        attending -= instead
+        attending -= with_memory
     if not attending:
         return USUAL_WINDOW
 

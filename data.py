@@ -19,10 +19,10 @@ Corpora
     PATH            A text file, or a folder of them. A line <|endoftext|> separates two documents. A .jsonl file
                     (also BabiStories' traindataset.txt and valdataset.txt) has one document a line: a string, or an
                     object with a string under "text" or "story". A .parquet file has one in each entry of its column
-                    "text". A single .bin file is a shard of GPT-2 tokens. The names of the files tell the split only
-                    if every name begins or ends with train or val, and both occur. Otherwise a hash of each
-                    document's key sends 5% of the documents to validation. If there is only one document, its last 5%
-                    are for validation.
+                    "text". A single .bin file is a shard of GPT-2 tokens. The names of the files tell the split if
+                    each begins with train or val, or ends with train, val, valid or validation, and both splits
+                    occur. Otherwise a hash of each document's key sends 5% of the documents to validation. If there
+                    is only one document, its last 5% are for validation.
 
 Tokenizers (all are tiktoken Encodings)
     gpt2            GPT-2's 50,257 tokens.

@@ -84,7 +84,7 @@ from train import (RunConfig, autocast, bits_per_byte, by_bucket, check_one_proc
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options. The text in third place says which tasks an option belongs to.
+# Options. The group, an option's third argument, says which tasks read it.
 
 @dataclass
 class Options:

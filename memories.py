@@ -19,7 +19,8 @@ Glossary (name in the code = symbol in the paper)
     B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ.
                        In arguments time is axis 1
     log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
-                       gated_delta_rule; inside a chunk, log γ is the sum of log α since the chunk's start
+                       gated_delta_rule (not the g below); inside a chunk, log γ is the sum of log α since the
+                       chunk's start
     beta = β           writing strength of a token, from 0 to 1, or to 2 where writes may reflect
     lr = η             inner learning rate of a token
     token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
@@ -102,12 +103,13 @@ def use_triton(name: str, impl: str, x: Tensor, supported: bool, given: str, exp
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ, the matrix that answers b where it is asked a:  (B,H,Da), (B,H,Db) -> (B,H,Da,Db)."""
+    """a bᵀ, the matrix that gives b to a key a of length one:  (B,H,Da), (B,H,Db) -> (B,H,Da,Db)."""
     return a[..., :, None] * b[..., None, :]
 
 
 def read(matrix: Tensor, key: Tensor) -> Tensor:
-    """Mᵀ k, what a matrix M answers to a key:  (B,H,Dk,Dv), (B,H,Dk) -> (B,H,Dv)."""
+    """Mᵀ k, what a matrix M gives to a key k:  (B,H,Dk,Dv), (B,H,Dk) -> (B,H,Dv). Where keys are rows, as in TTT's
+    equations, it is written k M."""
     return (key[..., :, None] * matrix).sum(-2)
 
 
@@ -304,7 +306,7 @@ def _delta_loop(q, k, v, log_alpha, beta, S, scale, erase):
         error = v[:, t] - stored
         S = S + outer(k[:, t], beta[:, t] * error)
 
-        # answer the query; scale is 1/√D
+        # answer the query; scale is 1/√D unless another one is given
         outputs.append(scale * read(S, q[:, t]))
     return torch.stack(outputs, 1), S
 
@@ -646,7 +648,8 @@ def operator(run, outputs: int):
 # ----------------------------------------------------------------------------------------------------------------------
 # The gated delta rule in Triton
 #
-# In the symbols of _delta_chunk, with S the state at a chunk's start, the forward pass is
+# In the symbols of _delta_chunk, but in errors E and not in writes V' = diag(β) E, so that β stands on the right of
+# a product: with S the state at a chunk's start the forward pass is
 #
 #     R = V - diag(γ) K S                 the error of each value, if nothing of this chunk had been written yet
 #     E = (I + L ⊙ Γ)^-1 R                the error of each token, as in _delta_loop;  L = tril(K Kᵀ, -1) diag(β)

@@ -108,7 +108,7 @@ class Config:
     window: str = option("SSSL", "attention layers' pattern, tiled over the layers: L all of the past, S short_window")
     short_window: int = option(0, "tokens an S layer sees; 0 = max_seq_len / 4", low=0)
     pos: str = option("rope", "positions in attention layers", choices=("rope", "alibi", "learned", "none"))
-    rope_theta: float = option(100_000.0, "RoPE base wavelength", low=1)
+    rope_theta: float = option(100_000.0, "RoPE: base of the wavelengths 2π·base^(2i/D)", low=1)
     qk_norm: bool = option(True, "normalise queries and keys per head")
 
     token_shift: bool = option(False, "every block first adds to a token a learned mixture of itself and the three "
@@ -391,12 +391,15 @@ def one_hot_values(k: Tensor) -> Tensor:
     return torch.eye(n, device=k.device, dtype=torch.float64).expand(*k.shape[:2], n, n)
 
 
-def attention_flops(T: int, window: int | None, width: int) -> float:
+def attention_flops(T: int, window: int | None, width: int, n_free: int = 0) -> float:
     """Forward FLOPs a token of causal attention: scores and mixing cost 2·width each per visible
-    key, averaged over T."""
+    key, averaged over T. No window hides the first n_free of the T keys."""
     w = min(window or T, T)
-    visible = w - w * (w - 1) / (2 * T)      # the first w queries see 1, 2, …, w keys, the others w
-    return 4 * width * visible
+    visible = w * (w + 1) / 2 + (T - w) * w             # the first w queries see 1, 2, …, w keys, the others w
+    # before the windows of those others lie 1, 2, …, T - w keys, of which at most n_free are free
+    free = min(n_free, T - w)
+    visible += free * (free + 1) / 2 + (T - w - free) * free
+    return 4 * width * visible / T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,7 +555,7 @@ class Attention(nn.Module):
 
     def flops(self, T):
         """Scores and mixing."""
-        return attention_flops(T, self.window, self.H * self.D)
+        return attention_flops(T, self.window, self.H * self.D, self.n_free)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -619,7 +622,8 @@ class KNNAttention(Attention):
         y = (1 - σ(a)) y_window + σ(a) Σ_{j in top-k} softmax_j(q·k_j / √D) v_j
 
     No gradient flows into stored pairs. The window is short_window whatever the pattern: further
-    back only the store reaches. `slow` says the same token by token.
+    back only the store reaches. `slow` says the same token by token. (With lru, pairs last used at the
+    same token may leave in another order there.)
 
     Wu et al. 2022, section 3 (retrieval and gate). The authors' code is not published; the nearest
     is https://github.com/lucidrains/memorizing-transformers-pytorch, which has one softmax instead
@@ -646,8 +650,8 @@ class KNNAttention(Attention):
         for b, head_kv in itertools.product(range(x.size(0)), range(self.Hkv)):
             store = {}                             # a pair's position -> when it was last retrieved
             for t in range(x.size(1)):
-                # Every few tokens those that leave the window until the next such move are stored, and others
-                # make room for them.
+                # Every `block` tokens the pairs are stored that leave the window before the next such move. The
+                # oldest, or the least recently used, make room.
                 if t % self.block == 0:
                     arriving = range(max(t - self.window, 0), max(t - self.window + self.block, 0))
                     while store and len(store) + len(arriving) > self.N:
@@ -825,7 +829,7 @@ class TTT(nn.Module):
         self.v = nn.Linear(C, C, bias=config.bias)
         self.lr = nn.Linear(C, H)                                       # w_h, c_h
         self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i, what s_i differs from 1/i by
-        self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked: a matrix, so Muon's
+        self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked into a matrix for Muon
         self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
         self.ln_bias = nn.Parameter(torch.zeros(H * self.D))
@@ -1002,13 +1006,14 @@ class MosaicKey(nn.Module):
     """k_t = exp(min(power·s, KEY_SCALE_MAX)) k̄_t/‖k̄_t‖,   k̄_t = W_φ x_t + λ k̄_{t-1},   λ = exp(-|b|)   per head.
 
     Zhang et al. 2024, eq. 7; https://github.com/facebookresearch/MemoryMosaics,
-    Library/memory_mosaics/models/memory_mosaics.py, as the rest of `mosaic`. The factor 1 - λ
-    there has no effect, since keys are normalised.
+    Library/memory_mosaics/models/memory_mosaics.py, which the rest of `mosaic` follows too. The factor
+    1 - λ there has no effect, since keys are normalised.
     """
     def __init__(self, config: Config, power: float):
         super().__init__()
         self.D = config.head_dim
-        # 1 where keys meet keys, 2 where they meet learned ones: so every score has the factor exp(2s), up to the limit
+        # The score of two keys holds exp(s) twice. Learned keys have no such factor, so that a key that meets them
+        # (power = 2) brings both.
         self.power = power
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
@@ -1223,8 +1228,9 @@ class GatedKey(MosaicKey):
 class AdaptiveMemory(ContextualMemory):
     """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^p + β_0: the more pairs, the sharper   (eq. 6).
 
-    They are the last `window` pairs up to t - m. In training each layer draws its own m from lags =
-    (least, largest) in every call without a state. Otherwise m is the least. In `ask` m is called lag.
+    A query t sees the last `window` of the pairs up to t - m. In training each layer draws its own m from
+    lags = (least, largest) in every call that finds no pairs of an earlier one. Otherwise m is the least. In
+    `ask` m is called lag.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
@@ -1454,7 +1460,7 @@ class Stack(nn.Module):
                 feedforward = memory.feedforward
             self.blocks.append(Block(config, mixer(config, layer), feedforward(config)))
         self.value_embed_index = [config.value_embed_index(layer) for layer in range(config.n_layer)]
-        # only attention needs positions
+        # only attention takes learned positions
         has_positions = config.pos == "learned" and any(isinstance(block.mixer, Attention) for block in self.blocks)
         self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if has_positions else None
         self.embed_norm = Norm(config) if config.norm == "rms" else nn.Identity()

@@ -928,6 +928,10 @@ def test_flops_count_the_matrix_products():
     for window in (None, 8, 100):
         visible = [min(i + 1, window or 64) for i in range(64)]
         assert model.attention_flops(64, window, 10) == 4 * 10 * sum(visible) / 64
+        for free in (3, 60):
+            seen = [sum(i - j < (window or 64) or j < free for j in range(i + 1)) for i in range(64)]
+            assert model.attention_flops(64, window, 10, free) == 4 * 10 * sum(seen) / 64
+    assert model.Attention(Config(), 0, n_free=3).flops(256) > model.Attention(Config(), 0).flops(256)
 
 
 def test_what_a_model_refuses():

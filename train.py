@@ -328,7 +328,7 @@ def update(runner, optimizers, batch: tuple, step: int, cfg, device) -> tuple[Te
     parameters = [p for group in groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
 
-    # The rate is that of this very step, so that a resumed run needs to know no more than its number.
+    # The rate depends on the number of the step alone, so that a checkpoint need not hold it.
     for group in groups:
         group["lr"] = lr_at(step, cfg)
     for optimizer in optimizers:
@@ -991,7 +991,8 @@ def sweep_points(kind: type, flags: dict[str, str]) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs: configurations -> one result.json each. A configuration knows its seed, its folder and its identity() (what
-# result.json repeats at its top), and for its name name_begins() and usual() (what goes without saying).
+# result.json repeats at its top). For the name of its folder it knows how that begins, name_begins(), and which
+# settings go without saying, usual().
 
 def changes(cfg) -> list[str]:
     """The settings in which a run differs from usual(), such as ["lr=0.01"], without the seed and what its name begins
@@ -1428,7 +1429,7 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(10)
         print(f"error: {e}", file=sys.stderr)
         return 2
-    # Not after an error: ranks without one wait in a collective, and NCCL would wait here for them.
+    # Not after an error: other ranks may still wait in a collective, and NCCL would wait here for them.
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
