@@ -134,8 +134,8 @@ class Moons(Toy):
     """Three moons. The recipe departs from the paper's, which takes long and stays above an error of 0.05.
 
     The sequences are short, and their periods are whole numbers drawn at random. The learning rate is high (RECIPES):
-    it brings the error below 0.05 on every seed. Keys grow during training, so that the kernel ends narrow. Observations
-    whose memory is still almost empty cost nothing in the later part of the training.
+    it brings the error below 0.05 on every seed. Keys grow during training, so that the kernel ends narrow. In the
+    later part of the training observations whose memory is still almost empty cost nothing.
     """
     heads: int = option(3, "3 heads of 2 real dimensions, or 1 of 6", "toy", (1, 3))
     T: int = option(256, "observations in a training sequence", "toy", low=16)
