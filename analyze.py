@@ -147,7 +147,7 @@ def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
 
 def shortest_pattern(settings: dict) -> str:
     """One name for all window patterns that make the same attention layers: S, L or SSSL where one of these does, and
-    else the shortest. In three layers SSSL is S S S, and so called S; likewise in four whose last is a memory's."""
+    else the shortest. In three layers SSSL is S S S, and so called S; so it is in four if the fourth is a memory's."""
     window = settings.get("window", USUAL_WINDOW)
     n_layer = settings.get("n_layer")
     if not isinstance(n_layer, int):     # memory-bench's files don't name it
@@ -382,8 +382,8 @@ class Ability:
 
 
 # Accuracy is measured at the lengths T, 2T, 4T and 8T: accuracy[2] is that at 4T, accuracy[-1] that at 8T. The perfect
-# number of capacity is the pairs of the longest training sequence. Whoever guesses the most frequent symbol of a new
-# language so far is right about half of the time.
+# number of capacity is the pairs of the longest training sequence. In regbench the symbol seen most often so far is
+# right about half of the time.
 ABILITIES = {
     "parity": Ability("parity\nat 4T", lambda result: result["accuracy"][2], 1 / 2, 1),
     "s3": Ability("permutations\nat 4T", lambda result: result["accuracy"][2], 1 / 6, 1),
@@ -628,7 +628,7 @@ def read_run(path: Path) -> RunRecord | None:
     agree = "depth dataset data_sha256 train_tokens total_params memory_params flops_per_step".split()
     # the device may differ, see EXECUTION; it is read for the report, since the config may say no more than "auto"
     recorded = {key: content[key] for key in (*agree, "device") if key in content}
-    # dtype=auto is bfloat16 on most GPUs and float32 on a CPU; files from before this was recorded are from CPUs
+    # dtype=auto is bfloat16 on most GPUs and float32 on a CPU; a file that does not say it is float32
     recorded["precision"] = content.get("precision", "float32")
 
     curve, bucket_bytes, recombined = read_curve(by_position) if by_position else ({}, [], None)
@@ -729,7 +729,7 @@ def all_runs(cells) -> list[RunRecord]:
 def owner(key: str) -> str | None:
     """The memory that alone reads this setting; None for a setting that every run reads.
 
-    model.unused_options has the same rule for the settings of today. This one is here because model.py imports torch,
+    model.unused_options has the same rule for this code's settings. This one is here because model.py imports torch,
     and also meets the settings of other versions and of memory-bench.
     """
     begin = key.split("_")[0]
@@ -925,7 +925,7 @@ def detectable(diffs) -> float:
         power = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
         return power - 0.8
 
-    # beyond 10 scipy's noncentral t is not reliable; n = 3, the fewest seeds, needs 5.7
+    # n = 3, the fewest seeds, needs 5.7; beyond 10 scipy's noncentral t is not reliable
     shift = optimize.brentq(excess_power, 0.0, 8.0)
     return float(shift * np.std(diffs, ddof=1) / math.sqrt(n))
 

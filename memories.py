@@ -18,9 +18,9 @@ Reading order
 Glossary (name in the code = symbol in the paper)
     B, T, H, D         batch, time, heads, head dimension; Dk and Dv where keys and values differ.
                        In arguments time is axis 1
-    log_alpha          log α, where the forget gate α is the share of the state that a token keeps. The argument g of
-                       gated_delta_rule (not the g below); inside a chunk, log γ is the sum of log α since the
-                       chunk's start
+    log_alpha          log α, where the forget gate α is the share of the state that a token keeps. It is the argument
+                       g of gated_delta_rule (the gate g below is leaky_average's)
+    log_gamma = log γ  the sum of log α since a chunk's start
     beta = β           writing strength of a token, from 0 to 1, or to 2 where writes may reflect
     lr = η             inner learning rate of a token
     token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
@@ -85,8 +85,8 @@ def check_impl(name: str, impl: str, choices: tuple) -> None:
 
 
 def use_triton(name: str, impl: str, x: Tensor, supported: bool, given: str, expected: str) -> bool:
-    """Whether the kernels are to run. Raises ValueError where they were asked for and cannot run: on x's device, or
-    since what was given is not supported."""
+    """Whether the kernels are to run. Raises ValueError where they were asked for and cannot run, because x's device,
+    or what was given, is not supported."""
     if impl == "auto":
         return triton is not None and x.is_cuda and supported
     if impl != "triton":
@@ -254,7 +254,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     q, k   (B,T,H,Dk)   the keys should have unit length, or else I - β k kᵀ can expand
     v      (B,T,H,Dv)
     g      (B,T,H)      log α, at most 0
-    beta   (B,T,H)      β, in [0, 2]: 1 replaces what a key holds, beyond 1 it changes its sign
+    beta   (B,T,H)      β, in [0, 2]: of what the key held 1 - β stays, nothing where β = 1, less than nothing beyond
     state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
     scale               1/√Dk where it is None
     erase               False leaves -β k kᵀ out: S_t = α_t S_{t-1} + β_t k_t v_tᵀ, the rule of Mamba 2 (Dao and Gu
@@ -579,11 +579,11 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
 # The tuned choices (block sizes, warps, pipeline stages), for the first measurement on a device to
 # correct. They were made from bytes, programs in flight and the compiler's report, for the shapes
 # B8 T4096 H6 D128 and B16 T2048 H12 D64. Products with 64 rows and 4 warps or more become wgmma on
-# Hopper. The kernels keep wgmma's left factor in shared memory, because the ptxas that came with
-# triton 3.6 miscompiled left factors in registers; of later ones it is not known.
+# Hopper. The kernels keep wgmma's left factor in shared memory, because the ptxas of triton 3.6
+# miscompiled left factors in registers; with 3.7.1 this has not been tried again.
 TUNING = {
     "delta_prep": dict(BD=32, num_warps=1, num_stages=1),
-    "delta_walk": dict(BV=32, num_warps=4, num_stages=3),           # B·H·Dv/BV programs: what an H200 has room for
+    "delta_walk": dict(BV=32, num_warps=4, num_stages=3),           # B·H·Dv/BV programs; an H200 has room for 264
     "delta_grads": dict(BK=16, num_warps=4, num_stages=1),
     "ttt_output": dict(num_warps=4, num_stages=1),
     "ttt_grads": dict(BD=16, num_warps=4, num_stages=1),
@@ -744,8 +744,8 @@ def _delta_forward(q, k, v, beta, log_gamma, inverse, P, S_start, o, error, S_ch
 
     There is one program for a head and BV columns of V; it walks the chunks. In registers is Sᵀ
     (BV, DK) in float32. It reads q, k, v, inverse and P, and writes o; for the backward pass also
-    E, and the state at the start of every second chunk. B·H·DV/BV programs are all that can run at
-    once, which is why nothing is done here that does not need S. The slices of one head read the
+    E, and the state at the start of every second chunk. There are only B·H·DV/BV programs, which is
+    why nothing is done here that does not need S. The slices of one head read the
     same q, k, inverse and P, from the L2 cache. Chunks are of 32 and not of 64 tokens, because that
     halves inverse, P and the products with them."""
     i_v = tl.program_id(0)

@@ -5,9 +5,9 @@ Every memory layer has one signature, and so does the whole model:
     y, state = layer(x, state)                  x, y (B,T,C); state is all the layer remembers, None for "nothing yet"
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
-Whatever computes logits goes through it, in training, evaluation and generation alike. Cutting a sequence anywhere and
-carrying the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple where they
-differ in kind). It is never changed; no layer writes into its inputs.
+Whatever computes logits goes through `stream`, in training, evaluation and generation alike. Cutting a sequence
+anywhere and carrying the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple
+where they differ in kind). It is never changed; no layer writes into its inputs.
 
 Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
@@ -47,6 +47,7 @@ The d12 preset's backbone is nanochat's (via memory-bench).
 """
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -687,6 +688,8 @@ class KNNAttention(Attention):
         block is written no later than its first token leaves the window, and each query sees only those
         that have left it, so nothing is seen twice or missed. The price is that up to 63 of the N
         places hold pairs still waiting."""
+        if x.size(1) == 0:      # a block that is due would be written now, and again by the next call
+            return x, state
         local, past_k, past_v, store = (None, None, None, None) if state is None else state
         begin = 0 if local is None else int(local.pos)
         end = begin + x.size(1)
@@ -1012,8 +1015,8 @@ class MosaicKey(nn.Module):
     def __init__(self, config: Config, power: float):
         super().__init__()
         self.D = config.head_dim
-        # The score of two keys holds exp(s) twice. Learned keys have no such factor, so that a key that meets them
-        # (power = 2) brings both.
+        # k·k has the factor exp(s) twice. Learned keys have no such factor, so that a key that meets them gets
+        # exp(2s), which is power = 2.
         self.power = power
         self.phi = nn.Linear(config.n_embd, config.n_embd, bias=False)                  # W_φ
         self.leak = nn.Parameter(torch.linspace(0.5, 5, config.n_head) / EXP_SPEEDUP)   # b / 10
@@ -1229,8 +1232,8 @@ class AdaptiveMemory(ContextualMemory):
     """y_t = Σ_i softmax_i(β_n k_t·k_i) v_i over n pairs, β_n = β_1 n^p + β_0: the more pairs, the sharper   (eq. 6).
 
     A query t sees the last `window` of the pairs up to t - m. In training each layer draws its own m from
-    lags = (least, largest) in every call that finds no pairs of an earlier one. Otherwise m is the least. In
-    `ask` m is called lag.
+    lags = (least, largest) whenever a sequence starts. In evaluation, and where pairs were carried over, m is
+    the least. In `ask` m is called lag.
     """
     def __init__(self, config: Config, layer: int, window: int | None = None, lags: tuple[int, int] = (1, 1)):
         super().__init__(config, layer)
@@ -1676,11 +1679,9 @@ def layers_with_memory(config: Config) -> set[int]:
         raise ValueError(f"memory_layers={text!r} has no effect with memory={config.memory!r}; leave it at all")
     if text == "middle":
         return {config.n_layer // 2}
-    try:
-        chosen = {int(index) for index in text.split("+")}
-    except ValueError:
-        raise ValueError(f"memory_layers={text!r} was given, expected all, middle, or indexes such as "
-                         "6 or 1+3+5") from None
+    if not re.fullmatch(r"\d+(\+\d+)*", text):
+        raise ValueError(f"memory_layers={text!r} was given, expected all, middle, or indexes such as 6 or 1+3+5")
+    chosen = {int(index) for index in text.split("+")}
     if not chosen <= everywhere:
         raise ValueError(f"memory_layers={text!r} is out of range; the layers are 0 to {config.n_layer - 1}")
     return chosen

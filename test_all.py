@@ -476,6 +476,10 @@ def test_knn_is_a_store_searched_token_by_token(evict, kv, qk_norm):
     # Under lru pairs with equal stamps may leave in any order: there the two agree up to the first eviction, at token 18.
     until = 60 if evict == "fifo" else 18
     assert error(layer(x)[0][:, :until], layer.slow(x)[:, :until]) < 1e-12
+    # nothing read is nothing stored: at token 12 a block is due
+    _, state = layer(x[:, :12])
+    _, unchanged = layer(x[:, :0], state)
+    assert torch.equal(layer(x[:, 12:], unchanged)[0], layer(x[:, 12:], state)[0])
 
 
 def test_knn_lru_keeps_what_is_retrieved():
@@ -939,7 +943,7 @@ def test_what_a_model_refuses():
             (dict(n_embd=10, n_head=4), "n_embd=10"), (dict(n_layer=0), "n_layer=0"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
             (dict(window="SXL"), "window='SXL'"), (dict(pos="sinus"), "sinus"), (dict(dropout=1.5), "dropout"),
             (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"),
-            (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
+            (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory="ttt", memory_layers="1+ 3"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
             (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
             (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"), (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"),
             (dict(memory="mosaic2", mosaic2_short=1), "mosaic2_short=1"), (dict(n_embd=12, n_head=4), "rope needs an even head size"),

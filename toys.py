@@ -183,8 +183,8 @@ class Length(Toy):
     model: str = option("floor", "floor (attention to a window), global (to all of the past), rmt-0 (rmt without "
                         "memory), a memory, deltanet-beta2 (β up to 2), deltanet-steps2 (β up to 2, two writes a "
                         "token) or deltanet-add (writes without erasing)", "toy")
-    T: int = option(0, "training length; 0 = 64, for capacity and mqar 256. It is at least 32 (for these two 64 to "
-                    "256), and tests go 8 times as far (twice)", "toy", low=0)
+    T: int = option(0, "training length; 0 = 64. It is at least 32, and tests go up to 8T. For capacity and mqar 0 = "
+                    "256, it is 64 to 256, and tests go up to 2T", "toy", low=0)
     window: int = option(16, "tokens in the window of floor, persistent and knn, and in rmt's segment", "toy", low=1)
     n_layer: int = option(2, "blocks", "toy", low=1)
     n_embd: int = option(64, "channels", "toy", low=1)
