@@ -1629,6 +1629,8 @@ def figure_won_back(cells):
                         color=look(won.cell.label)["color"], lw=1.2)
         settings = label.split(" ")[1:]     # those of --by
         ax.set(title=" ".join([f"T = {T}", *settings]), xscale="log", xlabel=COSTS["state_bytes"])
+        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.minorticks_off()
         ax.xaxis.set_major_formatter(human)
     axes[0, 0].set_ylabel("validation bpb (bits per byte)")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)
