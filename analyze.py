@@ -134,7 +134,8 @@ CONDITIONS = {
 
 
 def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
-    """The layers that memory_layers names: "all", "middle" or "1+3". ValueError if it is none of these."""
+    """The layers that memory_layers names: "all", "middle" or "1+3". ValueError if it is none of these. model.py has
+    the same rule, and imports torch."""
     text = settings.get("memory_layers", "all")
     if text == "all":
         return set(range(n_layer))
@@ -161,16 +162,16 @@ def shortest_pattern(settings: dict) -> str:
 
     # a pattern is repeated over the layers
     letters = {layer: window[layer % len(window)] for layer in attending}
-    candidates = ["S", "L", USUAL_WINDOW]
-    for length in range(2, n_layer + 1):
+    candidates = []
+    for length in range(1, n_layer + 1):
         candidate = ["S"] * length      # a place where no layer attends stays S
         for layer, letter in letters.items():
             candidate[layer % length] = letter
         candidates.append("".join(candidate))
+    candidates.insert(1, USUAL_WINDOW)  # preferred to all but a single letter; the last candidate always fits
     for candidate in candidates:
         if all(candidate[layer % len(candidate)] == letter for layer, letter in letters.items()):
             return candidate
-    return window
 
 
 def attention_name(window: str) -> str:
@@ -1296,18 +1297,14 @@ def won_back(cells) -> Iterator[WonBack]:
         yield WonBack(c, windowed, ceiling, paired(of_windowed, of_memory), paired(of_windowed, of_global))
 
 
-def percent(share: float) -> str:
-    """A share in percent. One that rounds to 0 has no sign."""
-    return f"{round(100 * share)}%"
-
-
 def closure_text(G, D) -> str:
     """The closure and its interval as percentages, or why there is none."""
     share = closure(G, D)
     if isinstance(share, str):
         return share
     ratio, lo, hi = share
-    return f"{percent(ratio)} [{percent(lo)[:-1]}, {percent(hi)[:-1]}]"
+    # rounded to integers, which know no -0
+    return f"{round(100 * ratio)}% [{round(100 * lo)}, {round(100 * hi)}]"
 
 
 def won_back_table(cells) -> str:
@@ -1383,7 +1380,7 @@ def over_seeds(won: WonBack, seeds: set) -> WonBack:
     parts = []
     for pairs in (won.gain, won.deficit):
         diffs = {seed: diff for seed, diff in zip(pairs.seeds, pairs.diffs) if seed in seeds}
-        parts.append(paired(diffs, dict.fromkeys(diffs, 0.0)))
+        parts.append(paired(diffs, dict.fromkeys(diffs, 0.0)))     # they are differences already
     gain, deficit = parts
     return won._replace(gain=gain, deficit=deficit)
 
@@ -1400,7 +1397,7 @@ def budget_table(cells) -> str:
         for won in budgets:
             rows.append([T, condition, human(training_tokens(won)), len(won.gain.seeds),
                          f"{1000 * np.mean(won.deficit.diffs):.0f}", f"{1000 * np.mean(won.gain.diffs):.0f}",
-                         percent(won.closure_of_means()), closure_text(won.gain.diffs, won.deficit.diffs)])
+                         f"{round(100 * won.closure_of_means())}%", closure_text(won.gain.diffs, won.deficit.diffs)])
     head = ["T", "condition", "training tokens", "n", "deficit mBPB", "gain mBPB", "closure of means",
             "closure [95% CI]"]
     return table(head, rows, left=2)
