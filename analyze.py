@@ -1,6 +1,6 @@
 """What a folder of result files says: seed-paired statistics, tables, figures and REPORT.md. Imports no torch.
 
-    python analyze.py results/ [more folders] [--out=DIR] [--by=key,key]
+    python analyze.py FOLDER [more folders] [--out=DIR] [--by=key,key]
 
 Reading order
     names        what a condition is called, how it is drawn, how a table is printed; the other scripts use these too
@@ -148,7 +148,8 @@ def layers_with_memory(settings: dict, n_layer: int) -> set[int]:
 
 def shortest_pattern(settings: dict) -> str:
     """One name for all window patterns that make the same attention layers: S, L or SSSL where one of these does, and
-    else the shortest. In three layers SSSL is S S S, and so called S; so it is in four if the fourth is a memory's."""
+    else the shortest. Over three layers SSSL is S S S and is called S; likewise over four, if the fourth has a memory
+    in place of attention."""
     window = settings.get("window", USUAL_WINDOW)
     n_layer = settings.get("n_layer")
     if not isinstance(n_layer, int):     # memory-bench's files don't name it
@@ -697,7 +698,7 @@ class Cell:
     study: tuple              # (preset, dataset): only cells of one study are compared
     T: int
     label: str                # the condition, and the settings named by --by; unique within (study, T)
-    one: RunRecord            # the first run that was read: what all of them share is read here
+    first: RunRecord          # the first run that was read: what all of them share is read here
     runs: dict = field(default_factory=dict)  # seed -> RunRecord
 
     @property
@@ -707,7 +708,7 @@ class Cell:
 
     def compared_within(self) -> tuple:
         """What two cells must have in common to be compared: study, T and training tokens."""
-        return self.study, self.T, self.one.costs.get("train_tokens")
+        return self.study, self.T, self.first.costs.get("train_tokens")
 
     def bpb(self) -> dict:
         """seed -> bpb"""
@@ -771,10 +772,10 @@ def cell_label(run: RunRecord, by) -> str:
 
 def refuse_mixture(cell: Cell, run: RunRecord) -> None:
     """Raises UserError if the run was configured otherwise than the runs of this cell."""
-    different = differing(cell.one, run)
+    different = differing(cell.first, run)
     if different:
         values = [f"{key} is {a!r} in the first, {b!r} in the second" for key, (a, b) in different.items()]
-        raise UserError(f"the cell '{cell.label}, T={cell.T}' mixes configurations ({cell.one.path} and {run.path}): "
+        raise UserError(f"the cell '{cell.label}, T={cell.T}' mixes configurations ({cell.first.path} and {run.path}): "
                         f"{'; '.join(values)}; separate the files, or make the keys part of it: "
                         f"--by={','.join(different)}")
 
@@ -795,7 +796,7 @@ def make_cells(runs: list[RunRecord], by=()) -> tuple[list[Cell], list[str]]:
     for run in runs:
         study = (run.preset, run.dataset)
         label = cell_label(run, by)
-        cell = cells.setdefault((study, run.T, label), Cell(study, run.T, label, one=run))
+        cell = cells.setdefault((study, run.T, label), Cell(study, run.T, label, first=run))
         refuse_mixture(cell, run)
         kept = cell.runs.setdefault(run.seed, run)
         if kept is not run:
@@ -818,8 +819,8 @@ def baseline(cell: Cell, cells: list[Cell], *names: str) -> Cell | None:
     fewest other settings that differ.
     """
     def distance(other: Cell) -> tuple:
-        other_window = other.one.window != cell.one.window
-        return names.index(other.base), other_window, len(differing(other.one, cell.one))
+        other_window = other.first.window != cell.first.window
+        return names.index(other.base), other_window, len(differing(other.first, cell.first))
 
     candidates = [c for c in cells if c.compared_within() == cell.compared_within() and c.base in names]
     return min(candidates, key=distance, default=None)
@@ -1118,7 +1119,7 @@ def score_table(cells) -> str:
         if minutes and max(minutes) > 1.1 * min(minutes):
             costs["minutes"] += f" ({min(minutes):.3g}–{max(minutes):.3g})"
         # as text, since a table gives a float four decimals
-        rate = str(c.one.config.get("lr", "-"))
+        rate = str(c.first.config.get("lr", "-"))
         rows.append([c.T, c.label, rate, len(c.runs), mean_and_spread(c, digits=5), *costs.values()])
     return table(head, rows, left=2)
 
@@ -1139,9 +1140,9 @@ def comparisons(cells) -> list[Comparison]:
     found = []
     for c in cells:
         others = [baseline(c, cells, *WINDOWED), baseline(c, cells, "global"), in_its_place(c, cells)]
-        if c.one.memory.startswith("rmt"):
+        if c.first.memory.startswith("rmt"):
             others.append(baseline(c, cells, "rmt-0"))
-        # its difference to global stands in the row of global
+        # the windowed baseline gets no row: that of global compares the two
         if others[0] is c:
             continue
         # one cell may play two of these parts
@@ -1153,20 +1154,20 @@ def comparisons(cells) -> list[Comparison]:
 
 def in_its_place(cell: Cell, cells: list[Cell]) -> Cell | None:
     """For a memory in some layers of a windowed model: the cell that has full attention in the same layers."""
-    config = cell.one.config
+    config = cell.first.config
     in_all = config.get("memory_layers", "all") == "all"
-    if cell.one.memory == "none" or cell.one.window != "S" or in_all:
+    if cell.first.memory == "none" or cell.first.window != "S" or in_all:
         return None
     chosen = layers_with_memory(config, config["n_layer"])
     letters = "".join("L" if layer in chosen else "S" for layer in range(config["n_layer"]))
     candidates = []
     for other in cells:
         # the pattern of the other, tiled over the layers
-        tiled = (other.one.window * len(letters))[:len(letters)]
+        tiled = (other.first.window * len(letters))[:len(letters)]
         comparable = other.compared_within() == cell.compared_within()
-        if comparable and other.one.memory == "none" and tiled == letters:
+        if comparable and other.first.memory == "none" and tiled == letters:
             candidates.append(other)
-    return min(candidates, key=lambda other: len(differing(other.one, cell.one)), default=None)
+    return min(candidates, key=lambda other: len(differing(other.first, cell.first)), default=None)
 
 
 def other_differences(comparison: Comparison) -> list[str]:
@@ -1175,7 +1176,7 @@ def other_differences(comparison: Comparison) -> list[str]:
     The learning rate is not among them: each condition may have one of its own, and the table of scores shows it.
     """
     own = {"memory", "memory_layers", "window", "lr", "total_params", "memory_params", "flops_per_step"}
-    different = differing(comparison.cell.one, comparison.against.one)
+    different = differing(comparison.cell.first, comparison.against.first)
     return [key for key in different if key not in own and not owner(key)]
 
 
@@ -1387,7 +1388,7 @@ def over_seeds(won: WonBack, seeds: set) -> WonBack:
 
 def training_tokens(won: WonBack) -> float:
     """How many tokens these runs were trained on."""
-    return won.cell.one.costs["train_tokens"]
+    return won.cell.first.costs["train_tokens"]
 
 
 def budget_table(cells) -> str:
@@ -1738,7 +1739,7 @@ def draw_frontier(ax, f: Frontier, hollow: set) -> dict:
         ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(human)
 
-    # the way there is drawn last and doesn't move the axis, since it begins far above and far left
+    # The evaluations during training are drawn last. They begin far above and far left, so the axis ignores them.
     limits = ax.get_xlim()
     if f.cost != "state_bytes":
         for run in all_runs(f.cells):

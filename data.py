@@ -343,7 +343,7 @@ def download(url: str, path: str | Path, sha256: str | None = None, quiet: bool 
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code != 429:
                 # it is our request that is wrong, and not that the server is too busy
-                raise UserError(f"{url} cannot be downloaded: {reason}") from error
+                raise UserError(f"{url} cannot be downloaded: {reason}; put the file at {path} yourself") from error
             continue
         except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
             reason = getattr(error, "reason", error)
@@ -426,7 +426,8 @@ def decode(raw: bytes) -> tuple[str, int]:
         return raw.decode(), 0
     except UnicodeDecodeError:
         # surrogateescape turns each bad byte into one character of this range, so that they can be counted
-        return re.subn("[\udc80-\udcff]", "\ufffd", raw.decode("utf-8", "surrogateescape"))
+        text, replaced = re.subn("[\udc80-\udcff]", "\ufffd", raw.decode("utf-8", "surrogateescape"))
+        return text, replaced
 
 
 # The readers: each yields (text, bytes replaced) for every document of a file.
@@ -563,7 +564,9 @@ class Text:
         # cut at the end of a line, if the half before the cut has one
         (lone,) = first_two
         cut = int(len(lone.text) * (1 - self.val_fraction))
-        cut = lone.text.rfind("\n", cut // 2, cut) + 1 or cut
+        line_end = lone.text.rfind("\n", cut // 2, cut)
+        if line_end >= 0:
+            cut = line_end + 1
         yield lone._replace(split="train", text=lone.text[:cut])
         yield lone._replace(split="val", text=lone.text[cut:], replaced=0)
 
@@ -1320,7 +1323,8 @@ def load(dataset: str, tokenizer: str, cache: str | Path = "out/data", quiet: bo
     # a text in another encoding than UTF-8 is easily overlooked
     replaced_bytes, replaced_documents = meta["replaced"]
     if replaced_bytes and not quiet:
-        print(f"note: {replaced_bytes} bytes in {replaced_documents} documents of {dataset} are not UTF-8, replaced")
+        print(f"note: {replaced_bytes} bytes in {replaced_documents} documents of {dataset} are not UTF-8, replaced",
+              file=sys.stderr)
     return Corpus(dataset, tokenizer, encoding, folder, meta)
 
 

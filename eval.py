@@ -94,7 +94,7 @@ class Options:
                          choices=("auto", "cpu", "cuda"))
     seed: int = option(1, "of keys, of sampling (at a temperature above 0) and of untrained weights",
                        "niah, generate, speed", low=0, high=2**63 - 1)
-    tokens: int = option(0, "validation tokens; 0 = as many as in training",
+    tokens: int = option(0, "validation tokens; 0 = the eval_tokens of the run",
                          "bpb, position, ood, copy, carry", low=0)
     bucket: int = option(64, "positions taken together (ood: a quarter of it)",
                          "position, extend, ood", low=4)
@@ -402,7 +402,8 @@ def add_tokens(digest, x: Tensor, y: Tensor) -> None:
 def has_rows(corpus, length: int) -> bool:
     """Is there validation text for a row of so many tokens?"""
     try:
-        return corpus.n_rows(length, "val") > 0
+        corpus.n_rows(length, "val")
+        return True
     except UserError:
         return False
 
@@ -580,7 +581,7 @@ def draw_by_position(task: str, runs: list[Run], results: list[dict]) -> None:
     save_picture(runs[0], task, figure)
 
 
-def whole_rows(run: Run, corpus, cfg: RunConfig) -> dict:
+def bpb_that_fits(run: Run, corpus, cfg: RunConfig) -> dict:
     """`evaluate_bpb`, with fewer rows at once where the memory is too small."""
     rows = run.rows_at_once(cfg.max_seq_len)
     while True:
@@ -605,7 +606,7 @@ def task_bpb(runs: list[Run], opts: Options) -> None:
         for x, y, _ in corpus.eval_batches(cfg.max_seq_len, 64, cfg.eval_tokens or None):
             add_tokens(digest, x, y)
 
-        result = dict(tokens_sha256=digest.hexdigest(), **whole_rows(run, corpus, cfg))
+        result = dict(tokens_sha256=digest.hexdigest(), **bpb_that_fits(run, corpus, cfg))
         save_result(run, "bpb", result)
         results.append(result)
     rows = [[run.label, r["val_bpb"], r["val_loss"]] for run, r in zip(runs, results)]
@@ -909,8 +910,8 @@ def hide(hay: Tensor, depth: float, before: list, after: list, key: Tensor) -> T
 
 
 def score(run: Run, logits: Tensor, state, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """How well `answer` (rows,n) continues a text; logits (rows,1,V) are those after its last token,
-    state is the state there -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
+    """How well `answer` (rows,n) continues a text; logits (rows,1,V) and state are the model's after the text's
+    last token -> log p of the answer (rows,) in nats, whether the likeliest tokens spell it (rows,)
     as 0 or 1; float64."""
     after = [more for _, more, _ in read(run, answer[:, :-1], state)]
     log_p = torch.cat([logits, *after], 1).log_softmax(-1)                              # (rows,n,V)

@@ -38,7 +38,7 @@ Glossary (name in the code = symbol in the paper)
                        shape take the kernel, and all others the chunked form. A single token takes the loop with "auto"
                        in gated_delta_rule, and with any impl in leaky_average (which has no kernel)
 
-Every function continues from a state exactly: f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
+Every function continues from a state: up to rounding, f(x) equals f(x[:, :t]) followed by f(x[:, t:], state).
 
 References
     Memory Mosaics: Zhang et al. 2024 (arXiv 2405.06394), official code github.com/facebookresearch/MemoryMosaics;
@@ -170,16 +170,16 @@ def _leaky_loop(gated, decay, state):
     """Token by token; gated is g_t x_t (B,T,H,D), decay is λ_t (B,T,H)."""
     y = state                                                                           # (B,H,D)
     outputs = []
-    for new, decay_t in zip(gated.unbind(1), decay.unbind(1)):
+    for new, decay_t in zip(gated.unbind(1), decay.unbind(1)):      # g_t x_t (B,H,D), λ_t (B,H)
         y = new + decay_t[..., None] * y
         outputs.append(y)
     return torch.stack(outputs, 1)
 
 
 def _leaky_chunk(x, decay, state):
-    """The same numbers, C tokens at a time. The last y of every chunk obeys the same recurrence
-    with decay λ^C, so the function calls itself on them. That makes log_C(T) levels, each of them
-    one batched C×C product."""
+    """The same numbers, C tokens at a time. The last y of all chunks form a sequence of their own. Its
+    recurrence is the same with decay λ^C, so the function calls itself on it. That makes log_C(T) levels,
+    each of them one batched C×C product."""
     B, T, H, D = x.shape
     C = min(LEAKY_CHUNK, T)
     x = F.pad(x, (0, 0, 0, 0, 0, -T % C)).view(B, -1, C, H, D)                          # (B,n,C,H,D)
@@ -254,7 +254,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     q, k   (B,T,H,Dk)   the keys should have unit length, or else I - β k kᵀ can expand
     v      (B,T,H,Dv)
     g      (B,T,H)      log α, at most 0
-    beta   (B,T,H)      β, in [0, 2]: of what the key held 1 - β stays, nothing where β = 1, less than nothing beyond
+    beta   (B,T,H)      β, in [0, 2]: what the key held is multiplied by 1 - β, which is 0 at β = 1 and -1 at β = 2
     state  (B,H,Dk,Dv)  S before the first token; zeros where it is None
     scale               1/√Dk where it is None
     erase               False leaves -β k kᵀ out: S_t = α_t S_{t-1} + β_t k_t v_tᵀ, the rule of Mamba 2 (Dao and Gu
@@ -524,7 +524,7 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     ln_bias = ln_bias[:, None]
 
     # The walk does only what the next mini-batch has to wait for.
-    seen = pos                                              # tokens of the first mini-batch in earlier calls
+    seen = pos      # tokens of the first mini-batch that earlier calls have read
     grad_W = earlier_grad_W
     grad_b = earlier_grad_b
     W_starts = []
@@ -558,10 +558,11 @@ def _ttt_chunk(q, k, v, lr, token_scale, ln_weight, ln_bias, state, pos):
     queries = by_mini_batch(q)
     weights = (queries @ by_mini_batch(k).mT + 1).tril()                                # the 1 is the bias's share
     step = weights @ by_mini_batch(torch.cat(lr_grads, 2))
-    if seen > 0:    # the gradients of the first mini-batch's tokens that an earlier call has read
-        first = step[:, :, :1] + queries[:, :, :1] @ earlier_grad_W[:, :, None] + earlier_grad_b[:, :, None, None]
-        step = torch.cat([first, step[:, :, 1:]], 2)
-    z_q = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :] - token_scale[:, None] * step
+    if seen > 0:    # add what the tokens that earlier calls have read contribute to the first mini-batch
+        earlier = queries[:, :, :1] @ earlier_grad_W[:, :, None] + earlier_grad_b[:, :, None, None]
+        step = torch.cat([step[:, :, :1] + earlier, step[:, :, 1:]], 2)
+    z_at_start = queries @ torch.stack(W_starts, 2) + torch.stack(b_starts, 2)[..., None, :]
+    z_q = z_at_start - token_scale[:, None] * step
     z_q = z_q.flatten(2, 3)[:, :, seen:seen + T]
 
     o = q + layer_norm(z_q, ln_weight, ln_bias)
@@ -1524,6 +1525,7 @@ CHECKED = [
     ("gated_delta_rule", dict(T=70, D=16, Dv=32)),
     ("gated_delta_rule", dict(T=129, D=64, Dv=64)),
     ("gated_delta_rule", dict(T=64, D=128, Dv=128)),
+    ("gated_delta_rule", dict(T=64, D=128, Dv=256)),
     ("ttt_linear", dict(T=150, D=32, K=16)),
     ("ttt_linear", dict(T=192, D=64, K=64)),
     ("ttt_linear", dict(T=64, D=128, K=32)),

@@ -88,7 +88,8 @@ def check_options(config) -> None:
             raise ValueError(f"{f.name}={value} was given, expected one of {names}")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{f.name}={value} was given, expected a finite number from {low} to {high}")
+            expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+            raise ValueError(f"{f.name}={value} was given, expected {expected}")
 
 
 @dataclass
@@ -139,8 +140,8 @@ class Config:
     delta_erase: bool = option(True, "deltanet: look up what a key holds and replace it; false adds to it", "memory")
     knn_capacity: int = option(512, "knn: pairs the store holds", "memory", low=1)
     knn_topk: int = option(32, "knn: nearest keys each query retrieves, at most all that are stored", "memory", low=1)
-    knn_evict: str = option("fifo", "knn: who leaves a full store: oldest, or least recently retrieved", "memory",
-                            choices=("fifo", "lru"))
+    knn_evict: str = option("fifo", "knn: the pair that leaves a full store, the oldest (fifo) or the least recently "
+                            "retrieved (lru)", "memory", choices=("fifo", "lru"))
     mosaic_slots: int = option(0, "mosaic, and mosaic2 without its MLP: persistent pairs a head; 0 = so many "
                                "that the block is as large as one of attention",
                                "memory", low=0)
@@ -308,8 +309,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, n_free: i
            scale: float | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv) -> (B,H,Tq,Dv).
 
-    The last Tq keys stand at the queries' positions. Query i sees keys j <= i alone: those with
-    i - j < window, and the first n_free keys whatever their distance. slopes (H,) are ALiBi's, from which
+    The last Tq keys stand at the queries' positions. Query i sees only keys j <= i, and of these only
+    those with i - j < window and the first n_free. slopes (H,) are ALiBi's, from which
     the free keys are exempt. Whole sequences without window and slopes are one flash-attention
     call. Otherwise queries go block by block, each with a mask of its own, and a window's block
     meets only the keys of its window: O(T·window).
@@ -340,7 +341,7 @@ def attend_in_blocks(q, k, v, window, n_free, slopes, scale, dropout):
     Tk = k.size(2)
     before = Tk - Tq
     free = min(n_free, Tk)
-    block = max(window or 256, 64)      # no narrower than the window, which so reaches one block back
+    block = max(window or 256, 64)      # at least as wide as the window, so that this reaches at most one block back
 
     # Keys and values are cut into pieces: 0 holds the free keys, 1 the others that precede the
     # queries, 2 + n the keys of the n-th block of queries. The cut is made by split, as the
@@ -397,7 +398,7 @@ def attention_flops(T: int, window: int | None, width: int, n_free: int = 0) -> 
     key, averaged over T. No window hides the first n_free of the T keys."""
     w = min(window or T, T)
     visible = w * (w + 1) / 2 + (T - w) * w             # the first w queries see 1, 2, …, w keys, the others w
-    # before the windows of those others lie 1, 2, …, T - w keys, of which at most n_free are free
+    # those others have 1, 2, …, T - w keys before their window, and still see at most n_free of them
     free = min(n_free, T - w)
     visible += free * (free + 1) / 2 + (T - w - free) * free
     return 4 * width * visible / T
@@ -656,8 +657,8 @@ class KNNAttention(Attention):
                 if t % self.block == 0:
                     arriving = range(max(t - self.window, 0), max(t - self.window + self.block, 0))
                     while store and len(store) + len(arriving) > self.N:
-                        oldest = min(store) if self.evict == "fifo" else min(store, key=store.get)
-                        del store[oldest]
+                        leaving = min(store) if self.evict == "fifo" else min(store, key=store.get)
+                        del store[leaving]
                     store.update(dict.fromkeys(arriving, t))
 
                 # Only pairs outside the window are searched: nothing is seen twice.
@@ -709,12 +710,12 @@ class KNNAttention(Attention):
         found = []
         any_found = []
         for t, q_block in zip(bounds, q.split(sizes, 2)):
-            oldest = max(t - self.window, 0)
+            arriving = max(t - self.window, 0)                # the first position that moves into the store
             end_of_block = t - self.window + self.block
             if t % self.block == 0 and end_of_block > 0:
-                new_k = past_k[:, :, oldest - first:end_of_block - first]
-                new_v = past_v[:, :, oldest - first:end_of_block - first]
-                store = self.write(store, new_k, new_v, oldest, t)
+                new_k = past_k[:, :, arriving - first:end_of_block - first]
+                new_v = past_v[:, :, arriving - first:end_of_block - first]
+                store = self.write(store, new_k, new_v, arriving, t)
             positions = torch.arange(t, t + q_block.size(2), device=x.device)
             y_block, hit, store = self.retrieve(q_block, store, positions)
             found.append(y_block)
@@ -830,8 +831,8 @@ class TTT(nn.Module):
             self.q = nn.Linear(C, C, bias=config.bias)
             self.k = nn.Linear(C, C, bias=config.bias)
         self.v = nn.Linear(C, C, bias=config.bias)
-        self.lr = nn.Linear(C, H)                                       # w_h, c_h
-        self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i, what s_i differs from 1/i by
+        self.lr = nn.Linear(C, H)                                       # w_h, c_h: η = σ(w_h·x + c_h) / D
+        self.scale_offset = nn.Parameter(torch.zeros(self.K))           # learned_i: s_i = 1/i + learned_i
         self.W = nn.Parameter(0.02 * torch.randn(H * self.D, self.D))   # W_0, the heads stacked into a matrix for Muon
         self.b = nn.Parameter(torch.zeros(H * self.D))                  # b_0
         self.ln_weight = nn.Parameter(torch.ones(H * self.D))
@@ -973,7 +974,7 @@ class DeltaNet(nn.Module):
         k = self.by_step(unit(k).to(v.dtype))
         v = self.by_step(v)
         beta = self.by_step(beta)                                                       # (B,T·n,H)
-        log_alpha = F.pad(log_alpha[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
+        log_alpha = F.pad(log_alpha[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)        # (B,T·n,H), 0 from step 2 on
         with full_precision(x):
             o, S = gated_delta_rule(q, k, v, log_alpha, beta, S, erase=self.erase)
         o = o[:, n - 1::n]                                                              # (B,T,H,Dv)
@@ -1001,7 +1002,8 @@ class DeltaNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # mosaic: Memory Mosaics (Zhang et al. 2024)
 
-EXP_SPEEDUP = 10.0   # scales and leaks are stored divided by this, so that a step moves them ten times as far
+EXP_SPEEDUP = 10.0   # scales and leaks are stored divided by this, so that a step moves them ten times as far (save
+                     # AdaptiveMemory's)
 KEY_SCALE_MAX = 5.0  # the largest logarithm of a key's length
 
 
@@ -1159,7 +1161,7 @@ def feedforward_size(config: Config) -> int:
     """How many weights a mosaic block's second half has, so that the block has as many as one of attention:
     2C² (q and out), 2C·Hkv·D (k and v) and 8C² (the MLP)."""
     C = config.n_embd
-    mixer = 3 * C * C
+    mixer = 3 * C * C       # phi, psi and out
     if config.memory == "mosaic2":
         gates = 2 * C * config.n_head if config.mosaic2_gated else 0
         mixer = (mixer + gates) * (2 if config.mosaic2_long else 1)
@@ -1250,7 +1252,7 @@ class AdaptiveMemory(ContextualMemory):
             self.scale = nn.Parameter(0 * start)
             self.log_beta_0 = nn.Parameter(1.5 * start)
             self.log_beta_1 = nn.Parameter(1.5 * start)
-            self.power = nn.Parameter(start / 3)
+            self.exponent = nn.Parameter(start / 3)         # p
 
     def size(self):
         """The values' length (H,), exp(min(|scale|, 15)). The scale starts at 0, which it could never
@@ -1264,7 +1266,7 @@ class AdaptiveMemory(ContextualMemory):
         if not self.is_adaptive:
             return queries
         with full_precision(queries):
-            n_p = n.clamp(1, self.window) ** self.power.abs().clamp(max=1)[:, None]     # n^p  (H,T)
+            n_p = n.clamp(1, self.window) ** self.exponent.abs().clamp(max=1)[:, None]  # n^p  (H,T)
             beta = self.log_beta_1.clamp(max=10).exp()[:, None] * n_p + self.log_beta_0.clamp(max=10).exp()[:, None]
             return (beta[..., None] * queries).to(queries.dtype)
 
@@ -1287,7 +1289,7 @@ class AdaptiveMemory(ContextualMemory):
     def ask(self, queries, keys, values):
         """As ContextualMemory.ask, but of the pairs before a query its last m - 1 are left out."""
         T = queries.size(2)
-        before = keys.size(2) - T      # pairs of earlier calls that the first query sees besides its own
+        before = keys.size(2) - T      # pairs before the first query, the newest not counted
         lag = self.lags[0]             # m
         is_drawn = self.training and before == 0 and lag < self.lags[1]
         if is_drawn:    # a tensor: for a Python number the CPU would wait for the GPU, and the compiler compile anew
@@ -1348,10 +1350,10 @@ def mosaic2_feedforward(config: Config) -> nn.Module:
 
 def mosaic2_start(block: nn.Module, layer: int) -> None:
     """The paper's starting values of the linear layers: N(0, 1/(2C(layer+1))), cut at three standard deviations."""
+    C = block.mixer.memories[0].psi.in_features
+    std = (2 * C * (layer + 1)) ** -0.5
     for module in block.modules():
         if isinstance(module, nn.Linear):
-            C = block.mixer.memories[0].psi.in_features
-            std = (2 * C * (layer + 1)) ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
 
 
@@ -1676,7 +1678,8 @@ def layers_with_memory(config: Config) -> set[int]:
     if text == "all":
         return everywhere
     if MEMORIES[config.memory].mixer is Attention:
-        raise ValueError(f"memory_layers={text!r} has no effect with memory={config.memory!r}; leave it at all")
+        raise ValueError(f"memory_layers={text!r} has no effect with memory={config.memory!r}; "
+                         "leave it at 'all'")
     if text == "middle":
         return {config.n_layer // 2}
     if not re.fullmatch(r"\d+(\+\d+)*", text):
@@ -1695,16 +1698,19 @@ def check_architecture(config: Config) -> None:
         raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; "
                          "make it a multiple")
     if config.n_head % config.n_kv_head:
-        raise ValueError(f"n_head={config.n_head} is not a multiple of n_kv_head={config.n_kv_head}; change either")
+        raise ValueError(f"n_head={config.n_head} is not a multiple of n_kv_head={config.n_kv_head}; "
+                         "change one of them")
     if not config.window or set(config.window) - set("SL"):
         raise ValueError(f"window={config.window!r} was given, expected a pattern of the letters S and L such as SSSL")
     layers_with_memory(config)          # raises if memory_layers cannot be read
 
     # Rotations turn pairs of channels.
     if config.pos == "rope" and config.head_dim % 2:
-        raise ValueError(f"rope needs an even head size, but n_embd/n_head = {config.head_dim}; change either")
+        raise ValueError(f"rope needs an even head size, but n_embd/n_head = {config.head_dim}; "
+                         "change one of them")
     if config.memory == "ttt" and config.head_dim % 2:
-        raise ValueError(f"ttt rotates its keys and needs an even head size, but n_embd/n_head = {config.head_dim}")
+        raise ValueError(f"ttt rotates its keys and needs an even head size, but n_embd/n_head = {config.head_dim}; "
+                         "change one of them")
 
     if config.memory == "knn" and config.knn_capacity < config.store_block:
         raise ValueError(f"knn_capacity={config.knn_capacity} is smaller than the {config.store_block} pairs that move "
@@ -1863,7 +1869,10 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Tensor:
         """Appends max_new_tokens sampled tokens to idx (B,T), one `stream` call each; temperature 0
-        takes the likeliest. With top_k, 1 or more, only so many of the likeliest are drawn from."""
+        takes the likeliest. With top_k, 1 or more, only so many of the likeliest are drawn from.
+        Raises ValueError for another top_k."""
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} was given, expected 1 or more, or None")
         was_training = self.training
         self.eval()
         state = None

@@ -138,7 +138,7 @@ heads_first = lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)     # in 
 times = lambda factor: lambda x: factor * x
 ZERO, ONE, TWO = torch.zeros_like, torch.ones_like, lambda x: torch.full_like(x, 2)
 SMALLEST_HEAD = {leaky_average: 1, gated_delta_rule: 16, ttt_linear: 32}    # smaller ones have no kernel
-HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+HEAD_SIZES = [(16, 16), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256)]
 LARGE = dict(W=times(15), b=times(10), ln_bias=times(10))
 
 # name -> the sizes to run, and what is changed in memories.example; at the cuts a call ends and the next one begins
@@ -205,8 +205,11 @@ def close(what, fn, args, impl, tolerance):
 
 def check_case(case, impl, dtype, tolerance):
     sizes, changes = CASES[case]
-    fn = next(fn for name, fn in memories.FUNCTIONS.items() if re.search("leaky|delta|ttt", case)[0] in name)
-    for cuts, size in ((size.get("cuts", ()), {name: n for name, n in size.items() if name != "cuts"}) for size in sizes):
+    rule_of = dict(leaky=leaky_average, delta=gated_delta_rule, adding=gated_delta_rule, ttt=ttt_linear, small=ttt_linear)
+    fn = rule_of[case.split("_")[0]]
+    for size in sizes:
+        cuts = size.get("cuts", ())
+        size = {name: n for name, n in size.items() if name != "cuts"}
         args = example(fn, **size, dtype=dtype)
         args |= {name: change(args[name]) for name, change in changes.items()}
         rule = functools.partial(fn, erase=False) if case.startswith("adding") else fn
@@ -628,7 +631,7 @@ def contextual_memory(memory, x, window, m, gated, adaptive):
                 continue
             beta = 1
             if adaptive:
-                beta = p["log_beta_1"][h].exp() * len(pairs) ** p["power"][h].abs().clamp(max=1) + p["log_beta_0"][h].exp()
+                beta = p["log_beta_1"][h].exp() * len(pairs) ** p["exponent"][h].abs().clamp(max=1) + p["log_beta_0"][h].exp()
             weights = torch.stack([beta * (keys[t] * keys[i]).sum(-1) for i in pairs], 1).softmax(1)
             ys.append((weights[..., None] * v[:, pairs]).sum(1))
         heads.append(torch.stack(ys, 1))
@@ -679,7 +682,7 @@ def test_mosaic2_caps():
     for memory, most in ((short, 11), (long, 50)):
         memory.log_beta_0.copy_(torch.tensor([12.0, 1.0]))
         memory.log_beta_1.copy_(torch.tensor([1.0, 12.0]))
-        memory.power.copy_(torch.tensor([-0.5, -3.0]))
+        memory.exponent.copy_(torch.tensor([-0.5, -3.0]))
         beta = memory.sharpen(torch.ones(1, 2, 3, 1), torch.tensor([-2, 4, 50]))[0, :, :, 0]
         n = torch.tensor([1, 4, most])
         assert error(beta[0], math.e * n ** 0.5 + math.exp(10)) < 1e-6 and error(beta[1], math.exp(10) * n + math.e) < 1e-6
@@ -847,7 +850,7 @@ def starts(layers, heads, width):
     gaussian = lambda std: stats.norm(0, std).cdf
     pair, projected = gaussian((width / heads) ** -0.5), gaussian(0.02 * width ** 0.5)
     return {
-        ".memories.scale": 0, ".log_beta_0": 1.5, ".log_beta_1": 1.5, ".power": 1 / 3,          # mosaic2
+        ".memories.scale": 0, ".log_beta_0": 1.5, ".log_beta_1": 1.5, ".exponent": 1 / 3,          # mosaic2
         ".A_log": lambda x: np.exp(x) / 16,                                             # A ~ U(0,16)
         ".dt_bias": lambda x: np.log(np.log1p(np.exp(x)) / 1e-3) / math.log(100),       # dt log-uniform from 1e-3 to 1e-1
         # a convolution of width 4 starts as PyTorch's, U(-1,1)/√4
@@ -1469,8 +1472,8 @@ def test_the_command_line_counts_bytes_that_are_not_utf8():
     latin = b"caf\xe9 au lait, na\xefve\n"
     with folder(a_txt=latin * 30, b_txt="café\n" * 30, c_txt="x" * 99) as path:
         for _ in range(2):                                              # from the text, and from the cache
-            status, out, _ = call(data.main, f"--dataset={path}/text", f"--cache={path}/cache")
-            assert status == 0 and "60 bytes in 1 documents" in out, out
+            status, out, notes = call(data.main, f"--dataset={path}/text", f"--cache={path}/cache")
+            assert status == 0 and "60 bytes in 1 documents" in notes, notes
             assert "sha256" in out and "bytes a token" in out and "<|endoftext|>" in out, out
         both = decoded(load_text(path))
         assert both.count("\ufffd") == 60 and both.count("é") == 30
@@ -3708,7 +3711,7 @@ def test_closure_by_training_budget():
     assert [row[1] for row in rows] == ["ttt lr=0.01"] * 2 + ["ttt lr=0.5"] * 2
     named, _ = cells_of(*runs, by=["steps", "train_tokens"])            # as the error about mixed budgets suggests
     assert [row[1:7] for row in rows_of(analyze.budget_table(named))] == [row[1:7] for row in rows_of(analyze.budget_table(cells))]
-    one = [cell for cell in cells if cell.one.config["steps"] == 100]
+    one = [cell for cell in cells if cell.first.config["steps"] == 100]
     assert analyze.budget_table(one) == "" and analyze.figure_budget(one) is None
     # a seed that only one budget has does not enter its closure
     more = [*runs, run("none", "S", 7, 1.2, 100), run("none", "L", 7, 1.0, 100), run("ttt", "S", 7, 0.9, 100)]

@@ -18,11 +18,11 @@ More commands
         python toys.py moons --heads=3 --seeds=5 --sharpen=0,1.2 --skip=0,100
         python toys.py moons --heads=3 --seeds=5 --lr=0.01
         python toys.py moons --heads=3 --seeds=5 --periods=published --T=800 --steps=500 --lr=0.01 --sharpen=0 --skip=0
-    memories and transformers on random automata, figure 11 and table 4 at laptop size: 20 minutes
+    memories and transformers on random automata, figure 11 and table 4 at laptop size: 24 minutes on two cores
         python toys.py regbench --model=mosaic,deltanet,learned,ttt,rope --automata=100,1000 --seeds=2
     capacity as each model does best: the learning rate is chosen by the first seed
         python toys.py capacity,mqar --n_embd=32,64,128 --lr=0.001,0.003,0.006,0.012
-    four tasks, every memory, three seeds: half an hour
+    four tasks, every memory, three seeds: 40 minutes on two cores
         python toys.py brackets,copy,repeat,recall --seeds=3
     the whole of figure 11, for a GPU
         python toys.py regbench --automata=100,500,1000,2500,5000,40000 --model=rope,learned,mosaic,deltanet,ttt \
@@ -814,7 +814,7 @@ class Task(NamedTuple):
     """A task, how models are trained for it, and what is told of them."""
     draw: Callable            # (rng, T) -> x, y, distance
     vocabulary: int
-    said: str = "a memory keeps its accuracy, attention loses it sooner"    # by the papers
+    claim: str = "a memory keeps its accuracy, attention loses it sooner"    # of the papers
     T: int = 64
     limits: tuple = (32, math.inf)    # of T
     steps: int = 400
@@ -967,7 +967,7 @@ def report_task(task: str, results: list[dict], out: Path) -> list[str]:
     say(analyze.table(["model", *names, about.column, "seeds", "parameters", f"state {names[0]}", f"state {names[-1]}",
                        "mean cpu s"], rows))
     plot_length(task, trained_at, variants, out)
-    return [f"{task}, {about.column if task in PAIRS else names[-1]}", about.said, "; ".join(here)]
+    return [f"{task}, {about.column if task in PAIRS else names[-1]}", about.claim, "; ".join(here)]
 
 
 def draw_by_distance(ax, variants: list[Variant], looks: list[dict]) -> None:

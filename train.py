@@ -112,7 +112,8 @@ class FitConfig:
 class RunConfig(Config, FitConfig):
     """Everything about one run: the architecture (Config), the training (FitConfig), the data and the names. Raises
     ValueError for a value that is not allowed and for an architecture that cannot be built."""
-    vocab_size: int = option(0, "tokens in the embedding; 0 = as many as the tokenizer has", low=0)
+    vocab_size: int = option(0, "tokens in the embedding; 0 = as many as the tokenizer has, from 1,024 on rounded "
+                             "up to a multiple of 64", low=0)
     preset: str = option("laptop", "the settings that flags then change", "run", choices=tuple(PRESETS))
     dataset: str = option("python", "python, python-docs, fineweb-edu, tinystories, simplewiki, shakespeare, or a file "
                           "or folder", "data")
@@ -194,7 +195,7 @@ class Stopped(Exception):
 
 
 class Diverged(UserError):
-    """The loss, the gradient or a weight is no longer a number."""
+    """The loss, the gradient or a weight is infinite or not a number."""
 
 
 def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None, describe=None) -> list[dict]:
@@ -237,8 +238,8 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             check_finite(step, loss, norm, out, saved)
             # The loss is that of the weights before the update. A checkpoint holds those after it, so they are checked
             # too.
-            keeps = step == cfg.steps or (out is not None and (stop or is_due(step, cfg.steps, cfg.save_every)))
-            if keeps:
+            at_checkpoint = step == cfg.steps or (out and (stop or is_due(step, cfg.steps, cfg.save_every)))
+            if at_checkpoint:
                 check_weights(step, model, out, saved)
 
             # Record the step, and measure now and then.
@@ -255,7 +256,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
             progress.show(history, tokens_of(batch))
 
             # Save now and then, and stop if told to.
-            if out and keeps:
+            if out and at_checkpoint:
                 if rank() == 0:
                     save_checkpoint(out, cfg, step, record["seconds"], model, optimizers, log)
                 saved = step
@@ -270,7 +271,7 @@ def fit(model: nn.Module, batch_fn, cfg, out: Path | None = None, evaluate=None,
 
 
 def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: int) -> None:
-    """Raises Diverged if loss or gradient norm is not a number; saved: the step of the last checkpoint in `out`."""
+    """Raises Diverged if loss or gradient norm is not finite; saved: the step of the last checkpoint in `out`."""
     if math.isfinite(loss + norm):
         return
     raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}, so training stops; try a lower --lr"
@@ -278,7 +279,7 @@ def check_finite(step: int, loss: float, norm: float, out: Path | None, saved: i
 
 
 def check_weights(step: int, model: nn.Module, out: Path | None, saved: int) -> None:
-    """Raises Diverged if a weight is not a number; out, saved: as for `check_finite`."""
+    """Raises Diverged if a weight is not finite; out, saved: as for `check_finite`."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise Diverged(f"step {step}: a weight is not a finite number, so training stops; try a lower --lr"
                        f"{last_good(out, saved)}")
@@ -390,6 +391,7 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     if is_tall:
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    # The coefficients are Jordan's (2024): they bring the singular values near 1 in few steps.
     for _ in range(steps):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
@@ -502,12 +504,12 @@ def find_checkpoint(out: Path) -> tuple[dict | None, list[Path]]:
 def check_same_settings(old: dict, cfg) -> None:
     """Raises UserError if the settings are not those of the run that is in cfg.folder."""
     # How a run is executed may change. What the corpus fills in may not be known yet.
-    free = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
-    free |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name, None)}
+    may_differ = {f.name for f in fields(cfg) if f.metadata["group"] == "run"}
+    may_differ |= {name for name in ("vocab_size", "data_sha256") if not getattr(cfg, name, None)}
     differ = []
     for name, value in asdict(cfg).items():
         before = old.get(name, "missing")
-        if name not in free and before != value:
+        if name not in may_differ and before != value:
             differ.append(f"{name} (there {before}, now {value})")
     if differ:
         raise UserError(f"{cfg.folder} holds a run with another {', '.join(differ)}; choose another --out_dir, or "
@@ -943,7 +945,7 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
     """
     known = {f.name: f for f in fields(kind) if f.name not in fixed}
     parser = data.Parser(usage=usage, description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
     if words:
         parser.add_argument("words", nargs="*", help=words)
 
@@ -963,7 +965,8 @@ def read_flags(kind: type, argv: list[str], usage: str, description: str, shown=
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        hint = did_you_mean(word, known, "--{}=...") or "; --help lists the flags"
+        command = usage.split(" [")[0]
+        hint = did_you_mean(word, known, "--{}=...") or f"; python {command} --help lists its flags"
         raise UserError(f"unknown argument {unknown[0]}{hint}")
     flags = vars(given)
     return flags, flags.pop("words", [])
