@@ -3130,7 +3130,8 @@ def test_pairs_held_and_what_fits_into_the_budget():
 
 
 def test_abilities_are_the_best_settings_of_each_memory():
-    """Numbers are means over seeds, of a memory's best learning rate and width; the picture shows them in the colours of their levels."""
+    """Numbers are means over seeds, of the learning rate and width that are best on the first seed: 0.9 and not 0.92. The
+    picture shows them in the colours of their levels."""
     with tempfile.TemporaryDirectory() as out:
         def leave(kind, measured, **settings):
             cfg = kind(out_dir=out, **settings)
@@ -3139,7 +3140,7 @@ def test_abilities_are_the_best_settings_of_each_memory():
 
         put(out, language__run__result_json=json.dumps(result()))          # not a toy's: it is passed over
         assert analyze.read_abilities(Path(out)) == {}
-        for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.7)):
+        for lr, seed, right in ((0.001, 1, 0.5), (0.002, 1, 0.95), (0.002, 2, 0.85), (0.003, 1, 0.92)):
             leave(toys.Length, dict(accuracy=[1, 1, right, 0]), task="parity", model="deltanet-beta2", lr=lr, seed=seed, jobs=seed)
         for seed in (1, 2):
             leave(toys.Length, dict(accuracy=[1, 1, 1, 9 / 16]), task="recall", model="floor", seed=seed)
