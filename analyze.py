@@ -1912,8 +1912,9 @@ def report_study(cells, out: Path, number: int) -> str:
 def report(cells, repeats, skipped, others, out: Path) -> str:
     """Writes the figures into `out`; returns the text of REPORT.md."""
     n_runs = sum(len(c.runs) for c in cells)
-    text = (f"# Results\n\n{n_runs} runs in {len(cells)} conditions; {len(skipped)} files skipped, "
-            f"{len(repeats)} repeated seeds left out, {len(others)} other JSON files ignored.\n\n")
+    text = (f"# Results\n\n{n_runs} runs in {len(cells)} cells (a condition at a length); "
+            f"{len(skipped)} files skipped, {len(repeats)} repeated seeds left out, "
+            f"{len(others)} other JSON files ignored.\n\n")
     text += listing("Skipped", skipped)
     text += listing("Repeated seeds (the first file read is kept)", repeats)
 
@@ -1958,7 +1959,7 @@ def main(argv=None) -> int:
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
     n_runs = sum(len(c.runs) for c in cells)
-    print(f"{n_runs} runs, {len(cells)} conditions, {len(repeats)} repeated seeds left out, {len(skipped)} files "
+    print(f"{n_runs} runs, {len(cells)} cells, {len(repeats)} repeated seeds left out, {len(skipped)} files "
           f"skipped -> {out / 'REPORT.md'}")
     return 1 if skipped else 0
 

@@ -360,7 +360,8 @@ def download(url: str, path: str | Path, sha256: str | None = None, quiet: bool 
         part.unlink()
         reason = f"sha256 {expected} expected, {found} found"
         if not resumed:
-            raise UserError(f"{url} is not the file it should be: {reason}")
+            raise UserError(f"{url} is not the file it should be: {reason}; try again later, or put the right file at "
+                            f"{path} yourself")
 
     raise UserError(f"{url} cannot be downloaded ({reason}): run again to go on where it stopped, or "
                     f"put the file at {path} yourself")
@@ -597,7 +598,6 @@ class Text:
         if is_val.all():
             is_val[draws.argmax()] = False
 
-        # count bytes
         sizes = np.array(sizes)
         return Survey(is_val, size=int(sizes.sum()), train_size=int(sizes[~is_val].sum()),
                       replaced_bytes=sum(replaced), replaced_documents=int(np.count_nonzero(replaced)))
@@ -872,7 +872,6 @@ def trained_tokens(n: int, text: Text, cache: Path, quiet: bool = False) -> list
             return tokens
         print(f"note: {path} is damaged and is made again", file=sys.stderr)
 
-    # train, and keep the result
     began = time.time()
     tokens = train_bpe(count_words(text), n - 1)
     with replacing(path) as file:
@@ -1234,7 +1233,7 @@ class Corpus:
             self.plans[split, seq_len] = plan
         return self.plans[split, seq_len]
 
-    def n_rows(self, seq_len: int, split: str = "train") -> int:
+    def n_rows(self, split: str, seq_len: int) -> int:
         """The number of rows in an epoch."""
         return len(self.plan(split, seq_len).first) - 1
 
@@ -1276,7 +1275,7 @@ class Corpus:
 
         # which rows of the plan they are
         ids = []
-        n_rows = self.n_rows(seq_len)
+        n_rows = self.n_rows("train", seq_len)
         for i in range(begin, begin + share):
             epoch, place = divmod(i, n_rows)
             ids.append(epoch_order(n_rows, seed, epoch)[place])
@@ -1293,7 +1292,7 @@ class Corpus:
         doc_pos is the target's place in its own piece: 0 for the piece's <|endoftext|>, 1 for its first token of text.
         """
         # always the same order, so that the first rows are a fair sample
-        ids = np.random.default_rng(0).permutation(self.n_rows(seq_len, split))
+        ids = np.random.default_rng(0).permutation(self.n_rows(split, seq_len))
         if max_tokens is not None:
             ids = ids[:max(1, max_tokens // seq_len)]
         for at in range(0, len(ids), rows):

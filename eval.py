@@ -250,7 +250,7 @@ def open_runs(paths: list[str], opts: Options) -> list[Run]:
     # Runs that only a folder tells apart are called by their folders.
     labels = [label_of(run, runs) for run in runs]
     if len(set(labels)) < len(labels):
-        labels = [run.folder.name for run in runs]
+        labels = [str(run.folder) for run in runs]
     return [run._replace(label=label) for run, label in zip(runs, labels)]
 
 
@@ -402,7 +402,7 @@ def add_tokens(digest, x: Tensor, y: Tensor) -> None:
 def has_rows(corpus, length: int) -> bool:
     """Is there validation text for a row of so many tokens?"""
     try:
-        corpus.n_rows(length, "val")
+        corpus.n_rows("val", length)
         return True
     except UserError:
         return False
@@ -435,7 +435,6 @@ def measure(run: Run, corpus, length: int, tokens: int, bucket: int) -> tuple[di
         document_positions = (doc_pos - 1).clamp(min=0)
         by_document.index_add_(1, document_positions.flatten(), values.flatten(1))
 
-    # Sums first, then their ratio
     nats, _, targets = by_row.sum(1).tolist()
     result = dict(tokens_sha256=digest.hexdigest(), length=length, reached=reached,
                   limit=limits[0] if limits else None,
@@ -494,18 +493,11 @@ def note_other_tokens(results: list[dict]) -> None:
 
 
 def looks(runs: list[Run]) -> list[dict]:
-    """How each run's curve is drawn: colour and marker by condition, dashes for several runs of
-    one. Markers are hollow, so that curves that coincide are all seen."""
+    """How each run's curve is drawn: colour and marker by memory, a line style for each run of one. Markers
+    are hollow, so that curves that coincide are all seen."""
     import analyze
-    drawn = Counter()
-    styles = []
-    for run in runs:
-        condition = run.condition()
-        dashes = ("-", "--", ":", "-.")[drawn[condition] % 4]
-        styles.append(dict(analyze.look(condition), linestyle=dashes, linewidth=1.5, markersize=7,
-                           markerfacecolor="none"))
-        drawn[condition] += 1
-    return styles
+    hollow = dict(linewidth=1.5, markersize=7, markerfacecolor="none")
+    return [look | hollow for look in analyze.distinct_looks([run.condition() for run in runs])]
 
 
 def legend_below(figure, ax, title: str | None = None) -> None:
@@ -646,7 +638,6 @@ def task_extend(runs: list[Run], opts: Options) -> None:
     results = []
     rows = []
     for run in runs:
-        # The longest rows for which there is text
         corpus = run.corpus()
         L = run.cfg.max_seq_len
         factor = opts.factor
@@ -984,7 +975,6 @@ def task_niah(runs: list[Run], opts: Options) -> None:
         corpus = run.corpus()
         lengths = opts.needle_lengths(L)
 
-        # A line of cells for each length
         cells = []
         rows = []
         for length in lengths:
@@ -1112,7 +1102,6 @@ def attention_profiles(run: Run, corpus, length: int, sequences: int) -> list[di
             total[layer] = total.get(layer, 0) + shares
         n += len(x)
 
-    # means
     found = []
     mixers = attention_layers(run)
     for layer, shares in total.items():
@@ -1280,7 +1269,8 @@ def tells_stories(dataset: str) -> bool:
     traindataset.txt or valdataset.txt)?"""
     path = Path(dataset)
     files = path.iterdir() if path.is_dir() else [path]
-    return "stories" in dataset.lower() or any(file.name.endswith(BABI_STORIES) for file in files)
+    named_so = re.search(r"(\b|_|tiny|babi)stories", dataset.lower())      # and not histories
+    return bool(named_so) or any(file.name.endswith(BABI_STORIES) for file in files)
 
 
 def document_beginnings(corpus, documents: int = 8, tokens: int = 120, lines: int = 3) -> list[str]:

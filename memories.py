@@ -27,7 +27,7 @@ Glossary (name in the code = symbol in the paper)
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
                        starts; W_start and b_start are those at the start of a mini-batch
     grad = ∇           inner gradient of a token's loss, and lr_grad = η ∇. Sums over a mini-batch are grad_W, Σ η kᵀ ∇,
-                       and grad_b, Σ η ∇. A name that begins with d, as dq, is a gradient of the training
+                       and grad_b, Σ η ∇. dq, dW and the like are gradients of the training
     decay = λ          share of the leaky sum that a token keeps; log_decay is log λ
     gate = g           how much of a token enters the leaky sum
     C                  tokens in a chunk (in model.py C counts channels); in the comments on chunks Q, K, V stack the

@@ -196,6 +196,7 @@ PRESETS = {
     # and keys score √D at most, so a small D could not single out one of max_seq_len keys. With this RoPE base
     # half of the wavelengths fit into a row.
     "laptop": dict(n_head=2, rope_theta=10_000.0, token_shift=True),
+    # its vocabulary is memory-bench's; train.py takes that of the tokenizer
     "d12": dict(n_layer=12, n_head=6, n_embd=768, vocab_size=32768, max_seq_len=2048, value_embeds=True),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, max_seq_len=512, window="L", pos="learned",
                  norm="layer", activation="gelu", bias=True, tie_embeddings=True, qk_norm=False, softcap=0.0,
@@ -729,8 +730,8 @@ class KNNAttention(Attention):
         return self.out(join_heads(y)), state
 
     def write(self, store, k, v, first, now):
-        """The tokens first, first+1, … enter the store, as k and v (B,Hkv,tokens,D); where they do not
-        fit, the oldest (fifo) or least recently retrieved (lru) pairs leave."""
+        """The store after the tokens first, first+1, … have entered it at position `now`, as k and v
+        (B,Hkv,tokens,D). Where they do not fit, the oldest (fifo) or least recently retrieved (lru) pairs leave."""
         position = torch.arange(first, first + k.size(2), device=k.device).expand(*k.shape[:3])
         new = Store(k, v, written=position, used=torch.full_like(position, now))
         if store is None:
@@ -773,7 +774,8 @@ class KNNAttention(Attention):
         return y.reshape(B, self.H, n, D), hit.reshape(B, self.H, n, 1), store
 
     def last_use(self, store, score, best, outside, t):
-        """When each stored pair was last retrieved (B,Hkv,pairs), after the queries at t.
+        """When each stored pair was last retrieved (B,Hkv,pairs), after the queries at t (G·n,1); score and
+        outside (B,Hkv,G·n,pairs), best (B,Hkv,G·n,topk).
 
         Equal tokens can have equal keys. Which of them topk takes is a matter of rounding, so all
         that tie with the last taken count as retrieved: otherwise what leaves the store would
@@ -924,7 +926,8 @@ class DeltaNet(nn.Module):
         self.D = config.head_dim
         self.Dv = self.D * config.expand_v
         self.beta_max = config.delta_beta
-        self.steps = n = config.delta_steps
+        n = config.delta_steps
+        self.steps = n
         self.erase = config.delta_erase
         self.q = nn.Linear(C, C, bias=False)
         self.k = nn.Linear(C, n * C, bias=False)
@@ -1190,7 +1193,7 @@ class PersistentMemory(nn.Module):
         k = self.key.slow(x)                                                            # (B,H,T,D)
         P_k = split_heads(self.P_k[None], self.D)                                       # (1,H,N,D)
         P_v = split_heads(self.P_v[None], self.D)
-        y = torch.exp(EXP_SPEEDUP * self.scale)[:, None, None] * (k @ P_k.mT).softmax(-1) @ P_v
+        y = self.size()[:, None, None] * (k @ P_k.mT).softmax(-1) @ P_v
         return self.out(join_heads(y))
 
     def forward(self, x, state=None):
@@ -1200,8 +1203,11 @@ class PersistentMemory(nn.Module):
         P_v = split_heads(self.P_v.to(k.dtype).expand(x.size(0), -1, -1), self.D)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(k, P_k, P_v, scale=1.0, dropout_p=dropout)
-        size = (EXP_SPEEDUP * self.scale).exp()[:, None, None].to(y.dtype)
-        return self.out(join_heads(size * y)), k_bar
+        return self.out(join_heads(self.size()[:, None, None].to(y.dtype) * y)), k_bar
+
+    def size(self):
+        """What the mean of the values is multiplied by (H,), exp(τ)."""
+        return (EXP_SPEEDUP * self.scale).exp()
 
     def flops(self, T):
         """Every key is scored and every value mixed; and the leaky average of the keys."""
@@ -1731,7 +1737,8 @@ def check_architecture(config: Config) -> None:
     if config.memory == "rmt":
         S = config.segment_length
         if S < 1 or config.max_seq_len % S:
-            raise ValueError(f"max_seq_len={config.max_seq_len} is not a multiple of rmt_segment={S}; change either")
+            raise ValueError(f"max_seq_len={config.max_seq_len} does not divide into rmt's segments of {S} tokens "
+                             "(rmt_segment, or a quarter of max_seq_len where that is 0); give an rmt_segment that fits")
 
 
 def unused_options(config: Config) -> list[str]:

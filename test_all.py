@@ -948,7 +948,7 @@ def test_what_a_model_refuses():
             (dict(memory="lstm"), "lstm"), (dict(memory="ttt", memory_layers="9"), "out of range"),
             (dict(memory="ttt", memory_layers="a"), "memory_layers"), (dict(memory="ttt", memory_layers="1+ 3"), "memory_layers"), (dict(memory_layers="1"), "no effect"),
             (dict(memory="rmt", memory_layers="middle"), "no effect"), (dict(memory="knn", knn_capacity=10), "knn_capacity=10"),
-            (dict(memory="rmt", max_seq_len=3), "rmt_segment=0"), (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "rmt_segment=30"),
+            (dict(memory="rmt", max_seq_len=3), "segments of 0 tokens"), (dict(memory="rmt", max_seq_len=100, rmt_segment=30), "of 30"),
             (dict(memory="mosaic2", mosaic2_short=1), "mosaic2_short=1"), (dict(n_embd=12, n_head=4), "rope needs an even head size"),
             (dict(memory="ttt", n_embd=12, n_head=4, pos="none"), "ttt rotates its keys and needs an even head size")):
         raises(ValueError, lambda: Config(**options), part)
@@ -1404,7 +1404,7 @@ def test_python_docs_are_the_topics_and_no_part_of_python():
         assert corpus.sha256 == data.load("python-docs", "byte", path / "b", quiet=True).sha256
     texts = decoded(corpus).split("<|endoftext|>")[1:]
     assert sorted(texts) == sorted(topics.values()) and len(texts) > 60
-    assert corpus.n_rows(512, "train") > 256 and corpus.n_rows(512, "val") > 256    # what an evaluation reads by default
+    assert corpus.n_rows("train", 512) > 256 and corpus.n_rows("val", 512) > 256    # what an evaluation reads by default
     check_rows(corpus, "val", 512)
     # the split depends on a topic's name, not on which other topics there are
     some = [data.Text("python-docs", data.python_docs_text().files[at:], 0.5, data.read_topic) for at in (0, 7)]
@@ -1593,7 +1593,7 @@ def test_two_processes_prepare_the_same_data_at_once():
 # ----------------------------------------------------------------------------------------------------- rows
 def check_rows(corpus, split, seq_len, stream=None):
     """The promises of the packing, checked on one split."""
-    eos, n = corpus.eos, corpus.n_rows(seq_len, split)
+    eos, n = corpus.eos, corpus.n_rows(split, seq_len)
     stream = np.concatenate(corpus.parts[split]) if stream is None else np.array(stream)
     out, position = corpus.rows(split, seq_len, range(n))
     assert out.shape == position.shape == (n, seq_len + 1)
@@ -1643,7 +1643,7 @@ def test_eval_rows_are_the_same_for_everyone():
     other.batch(3, 4, 32, seed=9)
     for a, b in zip(first, other.eval_batches(32, 4), strict=True):
         assert all(map(torch.equal, a, b))
-    assert sum(len(x) for x, *_ in first) == corpus.n_rows(32, "val")
+    assert sum(len(x) for x, *_ in first) == corpus.n_rows("val", 32)
     some = list(corpus.eval_batches(32, 4, max_tokens=6 * 32))
     assert [len(x) for x, *_ in some] == [4, 2] and torch.equal(some[0][0], first[0][0])
     assert sum(len(x) for x, *_ in corpus.eval_batches(32, 4, max_tokens=64, split="train")) == 2
@@ -1655,7 +1655,7 @@ def test_eval_rows_are_the_same_for_everyone():
 
 def test_batches_are_pure_seeded_shared_by_the_ranks_and_every_row_once_an_epoch():
     with small_corpus() as (path, corpus):
-        fresh, n = load_text(path), corpus.n_rows(40)
+        fresh, n = load_text(path), corpus.n_rows("train", 40)
         every = corpus.rows("train", 40, range(n))[0].tolist()
     assert n % 8                                                        # so that batches lie across epochs
     wanted = [corpus.batch(step, 8, 40, seed=3) for step in range(2 * n // 8 + 1)]
@@ -2830,7 +2830,7 @@ def test_eval_prompts_are_like_the_training_text():
         assert measuring.prompts_for(run, measuring.Options()) is measuring.PROMPTS
         put(".", babi__valdataset_txt="")
         stories = ["my_stories.txt", "tinystories", "b/traindataset.txt", "babi"]
-        assert list(filter(measuring.tells_stories, ["text.txt", *stories, "python"])) == stories
+        assert list(filter(measuring.tells_stories, ["text.txt", "histories.txt", *stories, "python"])) == stories
     assert len(measuring.PROMPTS) == 24 == len(set(measuring.PROMPTS)) and measuring.PROMPTS[23].endswith("Would you happen")
 
 
@@ -2894,7 +2894,7 @@ def test_eval_labels_tell_runs_apart():
                               (("few", "rmt", "none"), ["rmt S rmt_tokens=2", "rmt S rmt_tokens=3", "floor"])):
             assert [run.label for run in opened(*names)] == labels
         styles = measuring.looks(opened("none", "second", "global", "few", "rmt"))
-        assert [s["linestyle"] for s in styles] == ["-", "--", "-", "-", "--"]
+        assert [s["linestyle"] for s in styles] == ["solid", "dashed", "solid", "solid", "dashed"]
         assert [s["color"] for s in styles] == [analyze.look(name)["color"] for name in ("floor", "floor", "global", "rmt", "rmt")]
 
 
@@ -3292,6 +3292,7 @@ def test_toys_bad_flags_are_one_line():
                          ("moons --optimizer=muon", "adamw"), ("moons --dtype=bfloat16", "float32"),
                          ("regbench --model=ropes", "did you mean rope?"), ("capacity --T=32", "T=32", "64 to 256"),
                          ("s3 --T=16", "T=16", "32 or more"), ("capacity --T=64,256", "one length at a time"),
+                         ("regbench --T=128,256", "one value at a time"), ("regbench --test_automata=50,60", "one value at a time"),
                          ("mqar --T=512", "64 to 256"), ("parity --model=deltanet-beta", "deltanet-beta2")):
         with mock.patch.object(toys, "run_all", side_effect=AssertionError(f"{argv}: training starts")):
             refused(toys.main, argv.split(), *words)
@@ -3745,7 +3746,7 @@ def test_broken_files_are_named_skipped_and_counted():
         assert status == 1 and f"{len(bad)} files skipped" in out, (status, out, err)
         for name in files:
             assert f"{name}: " in err and f"{name}: " in text, name
-        assert "3 runs in 1 conditions; 12 files skipped" in text and "3 other JSON files ignored" in text
+        assert "3 runs in 1 cells (a condition at a length); 12 files skipped" in text and "3 other JSON files ignored" in text
         assert call(analyze.main, root / "a", f"--out={root}/report")[0] == 0
 
 
@@ -3804,7 +3805,7 @@ def test_200_files_without_torch_in_10_seconds():
     with stored(files) as root:
         start = sum(os.times()[2:4])                                     # of the children's CPU: other work doesn't count
         r = subprocess.run([sys.executable, "-c", code, root, f"--out={root}/report"], cwd=ROOT, capture_output=True, text=True)
-    assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 conditions"), r
+    assert r.returncode == 0 and not r.stderr and r.stdout.startswith("200 runs, 10 cells"), r
     assert sum(os.times()[2:4]) - start < 10, sum(os.times()[2:4]) - start
 
 

@@ -22,8 +22,9 @@ More commands
         python toys.py regbench --model=mosaic,deltanet,learned,ttt,rope --automata=100,1000 --seeds=2
     capacity as each model does best: the learning rate is chosen by the first seed
         python toys.py capacity,mqar --n_embd=32,64,128 --lr=0.001,0.003,0.006,0.012
-    four tasks, every memory, three seeds: 40 minutes on two cores
-        python toys.py brackets,copy,repeat,recall --seeds=3
+    four tasks, every memory: 45 minutes on two cores
+        python toys.py brackets,copy,repeat --seeds=3
+        python toys.py recall --seeds=5
     the whole of figure 11, for a GPU
         python toys.py regbench --automata=100,500,1000,2500,5000,40000 --model=rope,learned,mosaic,deltanet,ttt \
             --n_layer=2,4,8 --n_embd=64,128,256 --batch_size=64 --steps=8000 --seeds=3
@@ -73,8 +74,8 @@ from torch import Tensor, nn
 import analyze
 from data import UserError, did_you_mean
 from model import GPT, MEMORIES, Config, attend, option, state_bytes
-from train import (FitConfig, changes, check_diverged, check_one_process, checked, fit, pick_device, read_flags,
-                   run_all, run_name, save, save_json, say, sweep_points)
+from train import (FitConfig, changes, check_diverged, check_one_process, checked, count_params, fit, pick_device,
+                   read_flags, run_all, run_name, save, save_json, say, sweep_points)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. All configurations check themselves: a value or a combination that cannot be trained raises ValueError.
@@ -833,8 +834,8 @@ BY_PARITY = dict(steps=1000, batch_size=64, train_shares=(1 / 4, 1 / 2, 1))
 BY_PRODUCT = dict(steps=1000, batch_size=64, n_head=4, train_shares=(1 / 8, 1 / 4, 1 / 2, 1), growing=0.5)
 BY_PAIRS = dict(T=256, limits=(64, 2 * KEYS), steps=1000, train_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),
                 test_shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), summary=held_text, column="held",
-                meaning="pairs, 4 tokens each, with 90% right answers; of a model's variants of one width the best on "
-                        "the first seed is shown")
+                meaning="how many pairs are answered 90% right (N pairs are asked in 4N tokens); of several learning "
+                        "rates at one width the best on the first seed is shown")
 TASKS = {
     "brackets": Task(brackets, 17),
     "copy": Task(copy, 18),
@@ -869,11 +870,6 @@ def trained_model(cfg: Length | RegBench, batch_fn: Callable) -> GPT:
     return model.eval()
 
 
-def parameter_count(model: GPT) -> int:
-    """How many numbers training changes."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def length_job(cfg: Length) -> dict:
     """Trains one model -> what `measure_length` measures, and `parameters`, how many it has."""
     def batch_fn(step):
@@ -881,7 +877,7 @@ def length_job(cfg: Length) -> dict:
         return x, y
 
     model = trained_model(cfg, batch_fn)
-    return dict(measure_length(model, cfg), parameters=parameter_count(model))
+    return dict(measure_length(model, cfg), parameters=count_params(model.config))
 
 
 @torch.no_grad()
@@ -1243,7 +1239,7 @@ def regbench_job(cfg: RegBench) -> dict:
     order = shuffled(cfg)
     model = trained_model(cfg, lambda step: (data.x[order[step]], data.y[order[step]]))
     measurements = {name: measure_automata(model, test, pick_device(cfg)) for name, test in tests.items()}
-    return dict(measurements, parameters=parameter_count(model))
+    return dict(measurements, parameters=count_params(model.config))
 
 
 METRICS = ("accuracy", "tvd", "accuracy_last", "tvd_last")
@@ -1401,6 +1397,9 @@ def plan(argv: list[str]) -> list[Toy]:
         if name in PAIRS and len({cfg.T for cfg in toys}) > 1:
             raise UserError(f"--T: {name} takes one length at a time, because its table has a column for each number "
                             "of pairs")
+        if name == "regbench" and len({(cfg.T, cfg.test_automata) for cfg in toys}) > 1:
+            raise UserError("--T and --test_automata: regbench takes one value at a time, because its n-grams are "
+                            "measured once")
         for cfg in toys:
             configs[cfg.folder] = cfg
     return list(configs.values())

@@ -536,7 +536,8 @@ def resume(out: Path, cfg, model, optimizers) -> tuple[int, float, list[dict]]:
         seconds = found["seconds"]
         keep = found["log_bytes"]
         if len(text) < keep:
-            raise UserError(f"{log} is shorter than the checkpoint beside it knows; delete {out} to start over")
+            raise UserError(f"{log} has {len(text)} bytes, and the checkpoint beside it was written after {keep}; "
+                            f"delete {out} to start over")
         model.load_state_dict(found["model"])
         for optimizer, state in zip(optimizers, found["optimizer"], strict=True):
             optimizer.load_state_dict(state)
@@ -613,9 +614,9 @@ class TrainingProgress:
         record = history[-1]
         step = record["step"]
         now = time.perf_counter()
-        keep = "val_bpb" in record or step == self.steps
+        stays = "val_bpb" in record or step == self.steps    # on the terminal
         pause = 0.2 if self.terminal else 10
-        if not keep and now - self.shown < pause:
+        if not stays and now - self.shown < pause:
             return
         self.shown = now
 
@@ -637,7 +638,7 @@ class TrainingProgress:
         text = "  ".join(parts)
         if not self.terminal:
             say(text)
-        elif keep:
+        elif stays:
             say("\r" + text.ljust(110))
         else:
             say("\r" + text.ljust(110), end="")
@@ -1032,7 +1033,8 @@ def read_result(path: Path) -> dict:
 
 
 def run_all(configs: list, job, headline, workers: int = 1, show=None) -> tuple[list[dict], dict]:
-    """Runs job(cfg) for every configuration -> the results in the order given; name -> Diverged of the others.
+    """Runs job(cfg) for every configuration. Returns the results in the order given, and of the runs that diverged a
+    dict from name to Diverged.
 
     job(cfg) returns measurements; headline(result) says the main one in a line, and show(cfg, result) tells more of a
     run that has just been saved. A run whose result.json is there is read instead of run. One that diverges does not
@@ -1253,7 +1255,7 @@ def train(cfg: RunConfig) -> dict:
     tokens = cfg.batch_size * cfg.max_seq_len
     flops = model.flops_per_token(cfg.max_seq_len)
     peak = peak_flops(cfg) * world()
-    say(f"{cfg.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.steps} steps of {tokens:,} "
+    say(f"{cfg.folder}: {count_params(cfg):,} parameters, {cfg.steps} steps of {tokens:,} "
         f"tokens, {world()} x {device.type}")
 
     def batch_fn(step):
@@ -1318,8 +1320,8 @@ def show_run(cfg: RunConfig, m: dict) -> None:
 def swept_settings(configs: list[RunConfig]) -> list[str]:
     """The settings that differ in a sweep and have a column of their own in its table."""
     # Seeds are averaged over; the others are in the condition's name.
-    have_none = ("seed", "name", "memory", "window", "memory_layers")
-    names = [f.name for f in fields(RunConfig) if f.name not in have_none]
+    without_column = ("seed", "name", "memory", "window", "memory_layers")
+    names = [f.name for f in fields(RunConfig) if f.name not in without_column]
     return [name for name in names if len({getattr(cfg, name) for cfg in configs}) > 1]
 
 
