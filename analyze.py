@@ -460,8 +460,12 @@ def ability_figure(numbers: dict[str, dict]):
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, _, colour, _ in LEVELS]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    patches = []
+    for name, begin, colour, _ in LEVELS:
+        label = name if begin == -math.inf else f"{name}: {begin:.0%} or more"
+        patches.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False,
+                  title="share of the way from guessing to perfect")
     return figure
 
 

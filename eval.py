@@ -32,8 +32,8 @@ Glossary
     sums            nats, bytes and targets, summed by position: a tensor (3,positions), float64
     bucket          neighbouring positions taken together. Nats and bytes are summed before they are
                     divided, bpb = Σnats/(ln2·Σbytes), so that the buckets recombine to the total.
-    span            the tokens of a long row from one end L, 2L, 4L, ... to the next; the first span is
-                    the training length L
+    span            the tokens of a long row between two neighbours of 0, L, 2L, 4L, ...; L is the training
+                    length
     stretch         the tokens that one call of `stream` reads: as many as a row had in training. So
                     only the state grows with the length of a row.
     reached, limit  how far a row could be read, and what ended it: out of memory, or no more

@@ -21,7 +21,7 @@ Glossary (name in the code = symbol in the paper)
     log_alpha          log α, where the forget gate α is the share of the state that a token keeps. It is the argument
                        g of gated_delta_rule (the gate g below is leaky_average's)
     log_gamma = log γ  the sum of log α since a chunk's start
-    beta = β           writing strength of a token, from 0 to 1, or to 2 where writes may reflect
+    beta = β           writing strength of a token, from 0 to 1, or to 2 where a write may reverse what was stored
     lr = η             inner learning rate of a token
     token_scale = s    factor of the learning rate, one for each of the K positions in a mini-batch
     W, b               the weights and bias of TTT's inner model. As arguments they are W_0 and b_0, where each sequence
@@ -103,7 +103,8 @@ def use_triton(name: str, impl: str, x: Tensor, supported: bool, given: str, exp
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ, the matrix that gives b to a key a of length one:  (B,H,Da), (B,H,Db) -> (B,H,Da,Db)."""
+    """a bᵀ of columns (aᵀ b of rows, as in TTT's equations), the matrix that gives b to a key a of length one:
+    (B,H,Da), (B,H,Db) -> (B,H,Da,Db)."""
     return a[..., :, None] * b[..., None, :]
 
 

@@ -6,10 +6,10 @@ Every memory layer has one signature, and so does the whole model:
     logits, state = model.stream(idx, state)    idx (B,T) int64
 
 Whatever computes logits goes through `stream`, in training, evaluation and generation alike. Cutting a sequence
-anywhere and carrying the state gives the same outputs. A state is None, a tensor, or a tuple of states (a NamedTuple
-where they differ in kind). It is never changed; no layer writes into its inputs.
+anywhere and carrying the state gives the same outputs, up to rounding. A state is None, a tensor, or a tuple of states
+(a NamedTuple where they differ in kind). It is never changed; no layer writes into its inputs.
 
-Beside a fast form that is hard to recognise stands its slow form (`attend_slow`, and `slow` in a layer). It is the
+A fast form that is hard to recognise has a slow one beside it (`attend_slow`, and `slow` in a layer). That is the
 paper's equation as it would be written on a board: no state, whole sequences, no attention to speed. The tests compare
 the two. The slow forms of the recurrences that `ttt` and `deltanet` use are in memories.py.
 
@@ -1738,7 +1738,7 @@ def check_architecture(config: Config) -> None:
         S = config.segment_length
         if S < 1 or config.max_seq_len % S:
             raise ValueError(f"max_seq_len={config.max_seq_len} does not divide into rmt's segments of {S} tokens "
-                             "(rmt_segment, or a quarter of max_seq_len where that is 0); give an rmt_segment that fits")
+                             "(rmt_segment, or a quarter of max_seq_len where that is 0); give one that fits")
 
 
 def unused_options(config: Config) -> list[str]:

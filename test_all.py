@@ -5,7 +5,7 @@ form is compared with the equation written out slowly, values and gradients, and
 
     split       f(x) == f(x[:, :t]) ++ f(x[:, t:], state)        causality   token t changes nothing before t
     influence   an early token reaches past window and segment   purity      a state used twice gives the same answer
-    bounded     the state of a memory that claims it stops growing
+    bounded     the state stops growing, where a memory claims so
 
 Reading order: the decorator; memories, the law, model, kernels, data, train, eval, toys, analyze; the README's example; the runner.
 """

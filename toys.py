@@ -31,7 +31,7 @@ More commands
 
 Glossary
     context      observations or tokens that the memory holds when a prediction is made
-    distance     how many tokens back stands what an answer needs
+    distance     how many tokens back the thing is that an answer needs
                  brackets, copy: what it closes or copies, counted from where the answer will stand
                  repeat, recall, capacity, mqar: what it looks up, counted from where it is asked for
                  parity, s3, s5: the first token, counted from where it is asked for

@@ -12,8 +12,9 @@ to the checkpoint.
 
 Glossary
     step               one update of the weights by batch_size rows (those of all ranks) of max_seq_len tokens
-    rank, world        this process and the number of processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK on its node)
-    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for any bytes.
+    rank, world        this process and the number of processes (torchrun sets RANK and WORLD_SIZE, and LOCAL_RANK,
+                       the number of a process on its node)
+    bpb                bits per byte: sum of nats / (ln 2 * sum of bytes), over the targets that stand for at least one.
                        That of a training step is approximate: it also counts the nats of the end-of-text tokens
     MFU                model FLOPs utilisation: the FLOPs that the model needs a second / the GPU's bf16 peak
     job                a function from a configuration to measurements: `train` here, three more in toys.py (not
