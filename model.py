@@ -88,7 +88,8 @@ def check_options(config) -> None:
             raise ValueError(f"{f.name}={value} was given, expected one of {names}")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not (low <= value <= high and math.isfinite(value)):
-            expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+            limits = f", {low} or more" if high == math.inf else f" from {low} to {high}"
+            expected = "a finite number" + (limits if low > -math.inf else "")
             raise ValueError(f"{f.name}={value} was given, expected {expected}")
 
 

@@ -432,6 +432,7 @@ def test_generation_is_sampling():
     likeliest = net.generate(idx, 20, temperature=0)
     for settings in (dict(temperature=1e-4), dict(temperature=5e-324), dict(top_k=1)):
         assert torch.equal(net.generate(idx, 20, **settings), likeliest)
+    raises(ValueError, lambda: net.generate(idx, 1, top_k=0), "top_k=0")
     drawn = net.generate(idx.expand(20_000, -1), 1, generator=torch.Generator().manual_seed(0))[:, -1]
     share = torch.bincount(drawn, minlength=40) / 20_000
     assert (share - net(idx)[0, -1].softmax(-1)).abs().max() < 0.01 and net.training

@@ -877,7 +877,7 @@ def length_job(cfg: Length) -> dict:
         return x, y
 
     model = trained_model(cfg, batch_fn)
-    return dict(measure_length(model, cfg), parameters=count_params(model.config))
+    return dict(measure_length(model, cfg), parameters=count_params(model))
 
 
 @torch.no_grad()
@@ -1239,7 +1239,7 @@ def regbench_job(cfg: RegBench) -> dict:
     order = shuffled(cfg)
     model = trained_model(cfg, lambda step: (data.x[order[step]], data.y[order[step]]))
     measurements = {name: measure_automata(model, test, pick_device(cfg)) for name, test in tests.items()}
-    return dict(measurements, parameters=count_params(model.config))
+    return dict(measurements, parameters=count_params(model))
 
 
 METRICS = ("accuracy", "tvd", "accuracy_last", "tvd_last")

@@ -869,10 +869,9 @@ def peak_mib(result: dict) -> float | None:
     return result.get("peak_vram_mib") or result.get("peak_rss_mib")
 
 
-def count_params(config: Config) -> int:
-    """The number of parameters of a model with this config; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+def count_params(model: nn.Module) -> int:
+    """How many numbers training changes."""
+    return sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
@@ -898,8 +897,9 @@ def measure_costs(model: GPT, corpus, cfg: RunConfig, history: list[dict]) -> di
     """What a trained model costs: parameters, FLOPs, state, time, memory; and its sample and its curve of losses."""
     device = pick_device(cfg)
     config = model.config
-    total = count_params(config)
-    without = count_params(replace(config, memory="none", memory_layers="all"))
+    total = count_params(model)
+    with torch.device("meta"):      # nothing is allocated
+        without = count_params(GPT(replace(config, memory="none", memory_layers="all")))
     with autocast(cfg):
         _, filled = model.stream(torch.zeros(1, cfg.max_seq_len, dtype=torch.long, device=device))
     keys = ("step", "seconds", "tokens", "val_bpb")
@@ -1256,8 +1256,8 @@ def train(cfg: RunConfig) -> dict:
     tokens = cfg.batch_size * cfg.max_seq_len
     flops = model.flops_per_token(cfg.max_seq_len)
     peak = peak_flops(cfg) * world()
-    say(f"{cfg.folder}: {count_params(cfg):,} parameters, {cfg.steps} steps of {tokens:,} "
-        f"tokens, {world()} x {device.type}")
+    say(f"{cfg.folder}: {count_params(model):,} parameters, {cfg.steps} steps of {tokens:,} tokens, "
+        f"{world()} x {device.type}")
 
     def batch_fn(step):
         return corpus.batch(step, cfg.batch_size, cfg.max_seq_len, cfg.seed, rank(), world())
